@@ -1,0 +1,347 @@
+"""One frozen tree of settings: defaults, then a TOML file, then the environment.
+
+``TAPELINE_KAFKA__BOOTSTRAP_SERVERS=host:9092`` sets ``kafka.bootstrap_servers``. Unknown keys are
+refused with a suggestion, and so are values that contradict each other.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from schemas.errors import ConfigError
+
+ENV_PREFIX = "TAPELINE_"
+CONFIG_FILE_ENV = "TAPELINE_CONFIG"
+DEFAULT_CONFIG_FILE = "tapeline.toml"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KafkaSettings(_Section):
+    """Where the broker is and how topics are made."""
+
+    bootstrap_servers: str = Field("127.0.0.1:9092", min_length=1)
+    client: dict[str, str | int | float | bool] = Field(
+        {}, description="Raw librdkafka settings, passed to every client (security, tuning)."
+    )
+    num_partitions: int = Field(4, ge=1, le=10_000)
+    replication_factor: int = Field(1, ge=1, le=15)
+    timeout_s: float = Field(10, gt=0, description="For metadata and other requests to the broker.")
+
+
+class RedisSettings(_Section):
+    """The first-seen table. Without a URL, duplicates are known only to each worker."""
+
+    url: str | None = "redis://127.0.0.1:6379/0"
+    timeout_ms: float = Field(200, gt=0)
+    key_prefix: str = "tapeline:seen:"
+    ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered.")
+    max_local_ids: int = Field(200_000, ge=1, description="Event ids kept in each worker's LRU.")
+
+
+class SchemaRegistrySettings(_Section):
+    """Confluent wire format with a URL; bare Avro and a fingerprint header without."""
+
+    url: str | None = None
+    client: dict[str, str | int | float | bool] = {}
+
+
+class LaneSettings(_Section):
+    """One priority: a topic, its consumer group and its rights.
+
+    ``topic``, ``output_topic`` and ``group`` are named after the lane unless given.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    rank: int = Field(ge=1, description="1 goes first.")
+    deadline_ms: float = Field(gt=0, description="From append to the lane's topic.")
+    reserved_share: Fraction = Field(description="Of each micro-batch, when the lane wants it.")
+    expired: Literal["process", "stale"] = "process"
+    enabled: bool = True
+    topic: str = ""
+    output_topic: str = ""
+    group: str = ""
+    stride: int = Field(1, ge=1, description="One feature in so many events, by hash of their ids.")
+    min_interval_ms: float = Field(
+        0, ge=0, description="At most one feature a symbol per so much event time."
+    )
+    max_queued_records: int = Field(4096, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_lane(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("name"):
+            return values
+        name = values["name"]
+        return {
+            "topic": f"market-events.{name}",
+            "output_topic": f"features.{name}",
+            "group": f"tapeline.{name}",
+        } | values
+
+    @property
+    def dlq_topic(self) -> str:
+        return f"{self.topic}.dlq"
+
+
+DEFAULT_LANES: Mapping[str, Mapping[str, Any]] = {
+    "realtime": {"rank": 1, "deadline_ms": 50, "reserved_share": 0.50, "expired": "stale"},
+    "market-data": {"rank": 2, "deadline_ms": 100, "reserved_share": 0.25, "expired": "stale"},
+    "batch": {"rank": 3, "deadline_ms": 1_000, "reserved_share": 0.15},
+    "historical": {"rank": 4, "deadline_ms": 30_000, "reserved_share": 0.07},
+    "background": {"rank": 5, "deadline_ms": 300_000, "reserved_share": 0.03},
+}
+
+
+class WindowSettings(_Section):
+    """How much of a symbol's past the model sees, and when that past is void."""
+
+    channel_set: str = "market50-v1"
+    num_steps: int = Field(60, ge=1, le=4096)
+    max_gap_s: float = Field(
+        300, gt=0, description="A longer silence of a symbol, in event time, empties its window."
+    )
+    max_idle_records: int = Field(
+        100_000, ge=1, description="So many records of its partition without one empty it too."
+    )
+    max_symbols: int = Field(10_000, ge=1, description="Per partition; the longest unseen leaves.")
+
+
+class WorkerSettings(_Section):
+    """The loop: how much at once, and how long to wait for an end."""
+
+    max_batch: int = Field(256, ge=1, le=65_536, description="Records in a micro-batch.")
+    max_in_flight: int = Field(2, ge=1, le=256, description="Micro-batches at the model at once.")
+    max_message_bytes: int = Field(1_048_576, ge=1, description="A larger record is poison.")
+    commit_interval_ms: float = Field(200, gt=0)
+    retry_deadline_s: float = Field(30, gt=0, description="For transient faults, then it stops.")
+    drain_timeout_s: float = Field(10, gt=0)
+    dlq_max_ratio: Fraction = Field(
+        0.5, description="More dead letters than this among the last 1000 records: stop."
+    )
+    max_poll_interval_s: float = Field(300, gt=0)
+
+
+class ModelSettings(_Section):
+    """Which model, and where it runs."""
+
+    artifact: Path | None = Field(None, description="A model folder; none: seeded weights.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int = Field(1, ge=1, description="Torch's, on a CPU.")
+    num_replicas: int = Field(1, ge=1)
+    max_batch: int = Field(256, ge=1, description="The largest bucket.")
+
+
+class ServeSettings(_Section):
+    """The Ray side of ``tapeline run``."""
+
+    address: str | None = Field(None, description="A Ray cluster to join; none: a local one.")
+    app_name: str = "tapeline"
+    num_workers: int = Field(1, ge=1)
+    worker_num_cpus: float = Field(0.5, ge=0)
+    model_num_cpus: float = Field(0.5, ge=0)
+    model_num_gpus: float = Field(0, ge=0)
+
+
+class MetricsSettings(_Section):
+    """Prometheus."""
+
+    port: int = Field(0, ge=0, le=65_535, description="0: no endpoint.")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Build it with ``load_settings``."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    kafka: KafkaSettings = KafkaSettings()
+    redis: RedisSettings = RedisSettings()
+    schema_registry: SchemaRegistrySettings = SchemaRegistrySettings()
+    lanes: dict[str, LaneSettings] = Field({}, validate_default=True)
+    window: WindowSettings = WindowSettings()
+    worker: WorkerSettings = WorkerSettings()
+    model: ModelSettings = ModelSettings()
+    serve: ServeSettings = ServeSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    state_dir: Path = Field(Path(".tapeline"), description="What ``tapeline up`` keeps.")
+
+    @field_validator("lanes", mode="before")
+    @classmethod
+    def _over_the_defaults(cls, lanes: Any) -> Any:
+        """A lane given is laid over the default of its name; ``enabled = false`` takes one away."""
+        if not isinstance(lanes, Mapping):
+            return lanes
+        merged = {name: {**lane, "name": name} for name, lane in DEFAULT_LANES.items()}
+        for name, lane in lanes.items():
+            if not isinstance(lane, Mapping):
+                return lanes
+            merged[name] = {**merged.get(name, {}), **lane, "name": name}
+        return merged
+
+    @model_validator(mode="after")
+    def _relations_between_limits(self) -> Self:
+        lanes = self.active_lanes
+        if not lanes:
+            raise ValueError("lanes: at least one lane must be enabled")
+        total = sum(lane.reserved_share for lane in lanes)
+        if total > 1 + 1e-9:
+            raise ValueError(f"lanes: reserved shares add up to {total:.2f}, more than 1")
+        for what in ("rank", "topic", "group"):
+            if len({getattr(lane, what) for lane in lanes}) < len(lanes):
+                raise ValueError(f"lanes: two lanes have the same {what}")
+        worker = self.worker
+        if worker.retry_deadline_s + worker.drain_timeout_s >= worker.max_poll_interval_s:
+            raise ValueError(
+                "worker: retry_deadline_s + drain_timeout_s must stay below max_poll_interval_s, "
+                "or the broker takes the partitions away from a worker that still tries"
+            )
+        if worker.commit_interval_ms / 1000 >= worker.drain_timeout_s:
+            raise ValueError("worker: commit_interval_ms must be shorter than drain_timeout_s")
+        return self
+
+    @property
+    def active_lanes(self) -> list[LaneSettings]:
+        """The enabled lanes, first rank first."""
+        enabled = (lane for lane in self.lanes.values() if lane.enabled)
+        return sorted(enabled, key=lambda lane: lane.rank)
+
+    def lane(self, name: str) -> LaneSettings:
+        """The enabled lane of that name. Raises ConfigError with a suggestion."""
+        for lane in self.active_lanes:
+            if lane.name == name:
+                return lane
+        known = [lane.name for lane in self.active_lanes]
+        raise ConfigError(f"there is no lane {name!r}{_suggestion(name, known)}")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(config_file: Path | None = None, **overrides: Any) -> Settings:
+    """Reads ``config_file``, else $TAPELINE_CONFIG, else ./tapeline.toml if there is one.
+
+    Args:
+        overrides: whole or partial sections that win over file and environment.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a value that cannot be.
+    """
+    path = _config_file(config_file)
+    if path is not None:
+        _check_keys(Settings, _read_toml(path), where=str(path))
+    _check_environment()
+
+    class SettingsFromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    try:
+        return SettingsFromFile(**overrides)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"settings: {key}: {text}" if key else f"settings: {text}") from error
+
+
+def _config_file(given: Path | None) -> Path | None:
+    if given is None and (named := os.environ.get(CONFIG_FILE_ENV)):
+        given = Path(named)
+    if given is not None:
+        return given
+    default = Path(DEFAULT_CONFIG_FILE)
+    return default if default.is_file() else None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the settings file {path} is not valid TOML: {error}") from error
+
+
+def _check_keys(section: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
+    """Refuses unknown keys, at any depth, with the nearest known one."""
+    for key, value in values.items():
+        if key not in section.model_fields:
+            raise ConfigError(
+                f"{where}: unknown setting {key!r}{_suggestion(key, section.model_fields)}"
+            )
+        if not isinstance(value, Mapping):
+            continue
+        if key == "lanes":
+            for name, lane in value.items():
+                if isinstance(lane, Mapping):
+                    _check_keys(LaneSettings, lane, where=f"{where}: lanes.{name}")
+        elif (inner := _subsection(section, key)) is not None:
+            _check_keys(inner, value, where=f"{where}: {key}")
+
+
+def _check_environment() -> None:
+    for variable in os.environ:
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_FILE_ENV:
+            continue
+        path = variable.removeprefix(ENV_PREFIX).lower().split("__")
+        nested: Any = ""
+        for part in reversed(path):
+            nested = {part: nested}
+        _check_keys(Settings, nested, where=f"environment variable {variable}")
+
+
+def _subsection(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    annotation = section.model_fields[key].annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+def _suggestion(given: str, known: Mapping[str, Any] | list[str]) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+
+
+def iter_documented_settings() -> Iterator[tuple[str, Any, str]]:
+    """Yields (dotted key, default, description) of every setting, for the reference page."""
+    yield from _walk(Settings, "")
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any, str]]:
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if name == "lanes":
+            yield from _walk(LaneSettings, "lanes.<name>.")
+        elif (inner := _subsection(section, name)) is not None:
+            yield from _walk(inner, f"{key}.")
+        else:
+            default = "" if field.is_required() else field.default
+            yield key, default, field.description or ""
