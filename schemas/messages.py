@@ -4,6 +4,8 @@ Immutable, typed, free of Kafka and Avro. ``schemas.codec`` turns them into byte
 """
 
 import math
+import operator
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -235,16 +237,15 @@ def _check_levels(name: str, side: bytes, *, rising: bool) -> None:
         )
     if not num_levels:
         return
-    levels = np.frombuffer(side, "<f8")
-    if not np.isfinite(levels).all():
+    levels = struct.unpack(f"<{2 * num_levels}d", side)
+    if not all(map(math.isfinite, levels)):
         raise InvalidEvent("not_finite", f"{name} must hold finite numbers")
     prices, sizes = levels[::2], levels[1::2]
-    if prices.min() <= 0:
+    if min(prices) <= 0:
         raise InvalidEvent("bad_price", f"{name} must have positive prices")
-    if sizes.min() < 0:
+    if min(sizes) < 0:
         raise InvalidEvent("negative_size", f"{name} must not have negative sizes")
-    steps = prices[1:] - prices[:-1]
-    if not (steps > 0 if rising else steps < 0).all():
+    if not all(map(operator.lt if rising else operator.gt, prices, prices[1:])):
         order = "rise" if rising else "fall"
         raise InvalidEvent("bad_book", f"{name} must {order} strictly in price, best level first")
 

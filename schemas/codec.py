@@ -1,0 +1,284 @@
+"""Avro bytes of the three messages, with a Schema Registry or without.
+
+With a registry: Confluent's wire format (a zero byte, the schema's id, Avro), subject = record name.
+Without: bare Avro, and the schema's 64-bit Rabin fingerprint in the header ``avro-fingerprint``;
+fingerprints of older versions are resolved from ``schemas/released/``.
+"""
+
+import io
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, Protocol
+
+import fastavro
+import numpy as np
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+from confluent_kafka.schema_registry.error import SchemaRegistryError
+
+from schemas.errors import ConfigError, PoisonRecord, TransientError
+from schemas.messages import (
+    Bar,
+    Book,
+    DeadLetter,
+    FeatureVector,
+    Flags,
+    Headers,
+    InvalidEvent,
+    MarketEvent,
+    Quote,
+    Sample,
+    Trade,
+    check_event,
+)
+from schemas.settings import SchemaRegistrySettings
+
+FINGERPRINT_HEADER = "avro-fingerprint"
+MessageName = Literal["market_event", "feature_vector", "dead_letter"]
+AvroSchema = dict[str, Any]
+
+_REGISTRY_PREFIX = struct.Struct(">bI")  # magic byte 0, schema id
+_NOT_FOUND = 404
+
+
+def schema_text(name: MessageName) -> str:
+    """The current schema of a message, as JSON text."""
+    return (files("schemas") / f"{name}.avsc").read_text()
+
+
+@cache
+def released_schemas(name: MessageName) -> tuple[AvroSchema, ...]:
+    """Every version of a message's schema that was ever released, oldest first."""
+    folder = files("schemas") / "released"
+    found = sorted(
+        (int(path.name.removesuffix(".avsc").rpartition(".v")[2]), path.read_text())
+        for path in folder.iterdir()
+        if path.name.startswith(f"{name}.v")
+    )
+    return tuple(json.loads(text) for _, text in found)
+
+
+def fingerprint(schema: AvroSchema) -> bytes:
+    """The CRC-64-AVRO fingerprint of a schema's parsing canonical form, as 16 hex digits."""
+    canonical = fastavro.schema.to_parsing_canonical_form(schema)
+    return fastavro.schema.fingerprint(canonical, "CRC-64-AVRO").encode()
+
+
+class Wire(Protocol):
+    """How a message's bytes say which schema wrote them. ``schema`` is the current one, parsed."""
+
+    schema: AvroSchema
+
+    def tag(self) -> tuple[bytes, list[tuple[str, bytes]]]:
+        """Gives what precedes the Avro bytes, and the headers that go with them."""
+
+    def untag(self, value: bytes, headers: Headers) -> tuple[AvroSchema, int]:
+        """Gives the writer's parsed schema and where the Avro bytes begin."""
+
+
+class FingerprintWire:
+    """Bare Avro; the fingerprint travels in a header."""
+
+    def __init__(self, name: MessageName) -> None:
+        current = json.loads(schema_text(name))
+        self.schema = _parse(current)
+        self._schemas = {fingerprint(one): _parse(one) for one in released_schemas(name)}
+        self._schemas[fingerprint(current)] = self.schema
+        self._headers = [(FINGERPRINT_HEADER, fingerprint(current))]
+
+    def tag(self) -> tuple[bytes, list[tuple[str, bytes]]]:
+        return b"", self._headers
+
+    def untag(self, value: bytes, headers: Headers) -> tuple[AvroSchema, int]:
+        for name, tag in headers:
+            if name == FINGERPRINT_HEADER:
+                if schema := self._schemas.get(tag or b""):
+                    return schema, 0
+                raise PoisonRecord("decode", "unknown_schema", f"unknown Avro fingerprint {tag!r}")
+        raise PoisonRecord("decode", "unknown_schema", f"there is no header {FINGERPRINT_HEADER!r}")
+
+
+class RegistryWire:
+    """Confluent wire format; schemas are registered and resolved by id.
+
+    Registering needs the registry once, at construction, which blocks and raises ConfigError.
+    """
+
+    def __init__(self, name: MessageName, client: SchemaRegistryClient) -> None:
+        text = schema_text(name)
+        subject = f"tapeline.{json.loads(text)['name']}"
+        self._client = client
+        try:
+            schema_id = client.register_schema(subject, Schema(text, "AVRO"))
+        except Exception as error:  # the client lets its HTTP library's own errors through
+            raise ConfigError(
+                f"cannot register {subject} with the Schema Registry: {error}; "
+                "check schema_registry.url, or unset it to send bare Avro"
+            ) from error
+        self._prefix = _REGISTRY_PREFIX.pack(0, schema_id)
+        self.schema = _parse(json.loads(text))
+        self._schemas = {schema_id: self.schema}
+
+    def tag(self) -> tuple[bytes, list[tuple[str, bytes]]]:
+        return self._prefix, []
+
+    def untag(self, value: bytes, headers: Headers) -> tuple[AvroSchema, int]:
+        if len(value) < _REGISTRY_PREFIX.size or value[0] != 0:
+            raise PoisonRecord("decode", "unknown_schema", "not in Confluent's wire format")
+        _, schema_id = _REGISTRY_PREFIX.unpack_from(value)
+        if schema_id not in self._schemas:
+            self._schemas[schema_id] = self._fetch(schema_id)
+        return self._schemas[schema_id], _REGISTRY_PREFIX.size
+
+    def _fetch(self, schema_id: int) -> AvroSchema:
+        try:
+            text = self._client.get_schema(schema_id).schema_str
+        except SchemaRegistryError as error:
+            if error.http_status_code == _NOT_FOUND:
+                raise PoisonRecord(
+                    "decode", "unknown_schema", f"the Schema Registry knows no id {schema_id}"
+                ) from error
+            raise TransientError(f"the Schema Registry answered {error}") from error
+        return _parse(json.loads(text or "null"))
+
+
+class Codec:
+    """The three messages to Avro bytes and headers, and back.
+
+    Decoding raises PoisonRecord for what no one can ever read, TransientError while the registry
+    does not answer. Safe to share between threads.
+
+    Args:
+        client: the registry's client; by default one is made when ``settings.url`` is given.
+    """
+
+    def __init__(
+        self, settings: SchemaRegistrySettings, client: SchemaRegistryClient | None = None
+    ) -> None:
+        if client is None and settings.url:
+            client = SchemaRegistryClient.new_client({"url": settings.url, **settings.client})
+        self._client = client
+        self._wires: dict[MessageName, Wire] = {}
+
+    def encode_event(self, event: MarketEvent) -> tuple[bytes, list[tuple[str, bytes]]]:
+        """Value and headers of one event. Raises InvalidEvent if it breaks the contract."""
+        check_event(event)
+        payload = event.payload
+        return self._encode(
+            "market_event",
+            {
+                "event_id": event.event_id,
+                "symbol": event.symbol,
+                "venue": event.venue,
+                "event_time_us": event.event_time_us,
+                "sequence": event.sequence,
+                "payload": (
+                    f"tapeline.{type(payload).__name__}",
+                    {name: getattr(payload, name) for name in payload.__struct_fields__},
+                ),
+            },
+        )
+
+    def decode_event(self, value: bytes | None, headers: Headers) -> MarketEvent:
+        record = self._decode("market_event", value, headers)
+        name, fields = record["payload"]
+        event = MarketEvent(
+            record["event_id"],
+            record["symbol"],
+            record["venue"],
+            record["event_time_us"],
+            _PAYLOADS[name](**fields),
+            record["sequence"],
+        )
+        try:
+            check_event(event)
+        except InvalidEvent as error:
+            raise PoisonRecord("decode", error.reason, str(error)) from error
+        return event
+
+    def encode_feature(self, feature: FeatureVector) -> tuple[bytes, list[tuple[str, bytes]]]:
+        """Value and headers of one feature vector."""
+        return self._encode(
+            "feature_vector",
+            {
+                "event_id": feature.event_id,
+                "symbol": feature.symbol,
+                "venue": feature.venue,
+                "event_time_us": feature.event_time_us,
+                "lane": feature.lane,
+                "model_version": feature.model_version,
+                "channels_version": feature.channels_version,
+                "source_topic": feature.source_topic,
+                "source_partition": feature.source_partition,
+                "source_offset": feature.source_offset,
+                "features": feature.features.astype("<f4", copy=False).tobytes(),
+                "scores": feature.scores,
+                "flags": int(feature.flags),
+            },
+        )
+
+    def decode_feature(self, value: bytes | None, headers: Headers) -> FeatureVector:
+        record = self._decode("feature_vector", value, headers)
+        record["features"] = np.frombuffer(record["features"], "<f4")
+        record["flags"] = Flags(record["flags"])
+        return FeatureVector(**record)
+
+    def encode_dead_letter(self, letter: DeadLetter) -> tuple[bytes, list[tuple[str, bytes]]]:
+        """Value and headers of one dead letter."""
+        record = asdict(letter)
+        record["headers"] = [{"name": name, "value": value} for name, value in letter.headers]
+        return self._encode("dead_letter", record)
+
+    def decode_dead_letter(self, value: bytes | None, headers: Headers) -> DeadLetter:
+        record = self._decode("dead_letter", value, headers)
+        record["headers"] = [(one["name"], one["value"]) for one in record["headers"]]
+        return DeadLetter(**record)
+
+    def _encode(
+        self, name: MessageName, record: AvroSchema
+    ) -> tuple[bytes, list[tuple[str, bytes]]]:
+        wire = self._wire(name)
+        prefix, headers = wire.tag()
+        out = io.BytesIO()
+        out.write(prefix)
+        fastavro.schemaless_writer(out, wire.schema, record)
+        return out.getvalue(), headers
+
+    def _decode(self, name: MessageName, value: bytes | None, headers: Headers) -> AvroSchema:
+        if value is None:
+            raise PoisonRecord("decode", "no_value", "the record has no value (a tombstone)")
+        wire = self._wire(name)
+        writer_schema, start = wire.untag(value, headers)
+        source = io.BytesIO(value)
+        source.seek(start)
+        try:
+            record: AvroSchema = fastavro.schemaless_reader(
+                source,
+                writer_schema,
+                None if writer_schema is wire.schema else wire.schema,
+                return_record_name=True,
+            )
+        except Exception as error:  # foreign bytes: fastavro raises what its parsing runs into
+            raise PoisonRecord("decode", "bad_avro", f"not valid Avro: {error!r}") from error
+        if (rest := len(value) - source.tell()) > 0:
+            raise PoisonRecord("decode", "bad_avro", f"{rest} bytes follow the Avro record")
+        return record
+
+    def _wire(self, name: MessageName) -> Wire:
+        if name not in self._wires:
+            client = self._client
+            self._wires[name] = RegistryWire(name, client) if client else FingerprintWire(name)
+        return self._wires[name]
+
+
+def _parse(schema: AvroSchema) -> AvroSchema:
+    parsed: AvroSchema = fastavro.parse_schema(schema)  # type: ignore[assignment]
+    return parsed
+
+
+_PAYLOADS: dict[str, Callable[..., Trade | Quote | Book | Bar | Sample]] = {
+    f"tapeline.{payload.__name__}": payload for payload in (Trade, Quote, Book, Bar, Sample)
+}
