@@ -1,6 +1,7 @@
 """Avro bytes of the three messages, with a Schema Registry or without.
 
-With a registry: Confluent's wire format (a zero byte, the schema's id, Avro), subject = record name.
+With a registry: Confluent's wire format (a zero byte, the schema's id, Avro); subject = record
+name.
 Without: bare Avro, and the schema's 64-bit Rabin fingerprint in the header ``avro-fingerprint``;
 fingerprints of older versions are resolved from ``schemas/released/``.
 """
@@ -255,7 +256,7 @@ class Codec:
         source = io.BytesIO(value)
         source.seek(start)
         try:
-            record: AvroSchema = fastavro.schemaless_reader(
+            record: Any = fastavro.schemaless_reader(
                 source,
                 writer_schema,
                 None if writer_schema is wire.schema else wire.schema,
@@ -265,7 +266,7 @@ class Codec:
             raise PoisonRecord("decode", "bad_avro", f"not valid Avro: {error!r}") from error
         if (rest := len(value) - source.tell()) > 0:
             raise PoisonRecord("decode", "bad_avro", f"{rest} bytes follow the Avro record")
-        return record
+        return dict(record)
 
     def _wire(self, name: MessageName) -> Wire:
         if name not in self._wires:

@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 MAX_BOOK_LEVELS = 10
 MAX_NAME_CHARS = 128  # of a symbol, a venue, an event id
+MIN_PRICE, MAX_PRICE = 1e-12, 1e15  # any unit of any market; ratios stay finite in float32
+MAX_SIZE = 1e18
 _MAX_SAMPLE_VALUES = 4096
 _LEVEL_BYTES = 16  # price and size, float64 each
 
@@ -147,7 +149,7 @@ class FeatureVector:
     source_offset: int
     features: NDArray[np.float32]
     scores: Mapping[str, float] = field(default_factory=dict)
-    flags: Flags = Flags(0)
+    flags: Flags = Flags(0)  # noqa: RUF009 - immutable
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,8 @@ class InvalidEvent(ValueError):
 def check_event(event: MarketEvent) -> None:
     """Raises InvalidEvent unless the event keeps the contract that channels and models rely on.
 
-    Finite numbers, positive prices, sizes of at least 0, ordered books, short names.
+    Finite numbers, prices of MIN_PRICE to MAX_PRICE, sizes of 0 to MAX_SIZE, ordered books, short
+    names.
     """
     for name in ("event_id", "symbol", "venue"):
         text = getattr(event, name)
@@ -216,8 +219,8 @@ def check_event(event: MarketEvent) -> None:
 def _check_price(name: str, price: float) -> None:
     if not math.isfinite(price):
         raise InvalidEvent("not_finite", f"{name} must be a finite number, not {price}")
-    if price <= 0:
-        raise InvalidEvent("bad_price", f"{name} must be positive, not {price}")
+    if not MIN_PRICE <= price <= MAX_PRICE:
+        raise InvalidEvent("bad_price", f"{name} must be {MIN_PRICE} to {MAX_PRICE}, not {price}")
 
 
 def _check_size(name: str, size: float) -> None:
@@ -225,6 +228,8 @@ def _check_size(name: str, size: float) -> None:
         raise InvalidEvent("not_finite", f"{name} must be a finite number, not {size}")
     if size < 0:
         raise InvalidEvent("negative_size", f"{name} must not be negative, not {size}")
+    if size > MAX_SIZE:
+        raise InvalidEvent("bad_size", f"{name} must be at most {MAX_SIZE}, not {size}")
 
 
 def _check_levels(name: str, side: bytes, *, rising: bool) -> None:
@@ -241,10 +246,10 @@ def _check_levels(name: str, side: bytes, *, rising: bool) -> None:
     if not all(map(math.isfinite, levels)):
         raise InvalidEvent("not_finite", f"{name} must hold finite numbers")
     prices, sizes = levels[::2], levels[1::2]
-    if min(prices) <= 0:
-        raise InvalidEvent("bad_price", f"{name} must have positive prices")
-    if min(sizes) < 0:
-        raise InvalidEvent("negative_size", f"{name} must not have negative sizes")
+    _check_price(f"{name}: price", min(prices))
+    _check_price(f"{name}: price", max(prices))
+    _check_size(f"{name}: size", min(sizes))
+    _check_size(f"{name}: size", max(sizes))
     if not all(map(operator.lt if rising else operator.gt, prices, prices[1:])):
         order = "rise" if rising else "fall"
         raise InvalidEvent("bad_book", f"{name} must {order} strictly in price, best level first")

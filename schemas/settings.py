@@ -131,9 +131,6 @@ class WorkerSettings(_Section):
     commit_interval_ms: float = Field(200, gt=0)
     retry_deadline_s: float = Field(30, gt=0, description="For transient faults, then it stops.")
     drain_timeout_s: float = Field(10, gt=0)
-    dlq_max_ratio: Fraction = Field(
-        0.5, description="More dead letters than this among the last 1000 records: stop."
-    )
     max_poll_interval_s: float = Field(300, gt=0)
 
 

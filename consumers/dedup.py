@@ -1,0 +1,169 @@
+"""The first-seen table: which record showed an event id first.
+
+An event is a duplicate only if its id was first seen at *another* offset. So a redelivery after a
+crash is no duplicate and is never lost, and a replay drops exactly what the first pass dropped.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from schemas.errors import ConfigError
+from schemas.settings import RedisSettings
+
+_PAUSE_AFTER_FAILURE_S = 1.0  # a hanging Redis must not cost every micro-batch its timeout
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstSeenStatistics:
+    """A snapshot: ids remembered here, ids asked of Redis, micro-batches without its answer."""
+
+    num_local_ids: int
+    redis_lookups_total: int
+    redis_failures_total: int
+    degraded: bool
+
+
+class FirstSeen(Protocol):
+    """Remembers, for every event id, the record that showed it first."""
+
+    async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+        """The source (``topic:partition:offset``) that showed each id first.
+
+        Ids not seen before are remembered with the source given. Never fails.
+        """
+
+    def statistics(self) -> FirstSeenStatistics: ...
+
+    async def close(self) -> None: ...
+
+
+class LocalFirstSeen:
+    """A table of this process alone: ``max_ids`` ids, of which the longest unused leaves first."""
+
+    def __init__(self, max_ids: int) -> None:
+        self._max_ids = max_ids
+        self._sources: OrderedDict[str, str] = OrderedDict()
+
+    async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+        return [self.remember(*pair) for pair in zip(ids, sources, strict=True)]
+
+    def remember(self, event_id: str, source: str) -> str:
+        """The id's first source; ``source`` itself if there was none."""
+        first = self._sources.setdefault(event_id, source)
+        self._sources.move_to_end(event_id)
+        if len(self._sources) > self._max_ids:
+            self._sources.popitem(last=False)
+        return first
+
+    def known(self, event_id: str) -> str | None:
+        """The id's first source, if it is remembered."""
+        return self._sources.get(event_id)
+
+    def statistics(self) -> FirstSeenStatistics:
+        return FirstSeenStatistics(len(self._sources), 0, 0, degraded=False)
+
+    async def close(self) -> None:
+        pass
+
+
+_SET_OR_GET = """
+local first = {}
+for i, key in ipairs(KEYS) do
+  first[i] = redis.call('SET', key, ARGV[i + 1], 'NX', 'GET', 'EX', ARGV[1]) or ''
+end
+return first
+"""
+
+
+class RedisFirstSeen:
+    """A table that all workers share, behind a local one; one Lua call a micro-batch.
+
+    While Redis is down the local table answers alone: duplicates that another worker saw first
+    may pass, nothing is lost, and ``statistics`` says degraded.
+    """
+
+    def __init__(self, settings: RedisSettings) -> None:
+        assert settings.url
+        timeout_s = settings.timeout_ms / 1000
+        self._url = settings.url
+        self._redis: Redis = Redis.from_url(
+            settings.url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
+        )
+        self._script = self._redis.register_script(_SET_OR_GET)
+        self._prefix = settings.key_prefix
+        self._ttl_s = settings.ttl_s
+        self._local = LocalFirstSeen(settings.max_local_ids)
+        self._lookups_total = 0
+        self._failures_total = 0
+        self._degraded = False
+        self._ask_again_s = 0.0
+
+    async def check(self) -> None:
+        """Raises ConfigError unless Redis answers and is new enough."""
+        try:
+            version = (await self._redis.info("server"))["redis_version"]
+        except (RedisError, OSError, TimeoutError) as error:
+            raise ConfigError(
+                f"no Redis answers at {self._url}: start one with `tapeline up`, or set "
+                "TAPELINE_REDIS__URL (empty: duplicates are known to each worker alone)"
+            ) from error
+        if int(version.partition(".")[0]) < 7:
+            raise ConfigError(f"Redis at {self._url} is {version}; 7.0 or newer is needed")
+
+    async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+        first = [self._local.known(event_id) for event_id in ids]
+        asked = [index for index, source in enumerate(first) if source is None]
+        if asked:
+            answers = await self._ask([ids[i] for i in asked], [sources[i] for i in asked])
+            for index, answer in zip(asked, answers, strict=True):
+                first[index] = self._local.remember(ids[index], answer or sources[index])
+        return [source for source in first if source is not None]
+
+    async def _ask(self, ids: list[str], sources: list[str]) -> list[str]:
+        """What Redis saw first; "" for ids new to it, and for all while it is down."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._ask_again_s:
+            return [""] * len(ids)
+        self._lookups_total += len(ids)
+        try:
+            found = await self._script([self._prefix + one for one in ids], [self._ttl_s, *sources])
+        except (RedisError, OSError, TimeoutError) as error:
+            self._failures_total += 1
+            if not self._degraded:
+                _log.warning("first_seen_degraded", error=str(error))
+            self._degraded = True
+            self._ask_again_s = now_s + _PAUSE_AFTER_FAILURE_S
+            return [""] * len(ids)
+        if self._degraded:
+            _log.info("first_seen_restored")
+        self._degraded = False
+        return [source.decode() for source in found]
+
+    def statistics(self) -> FirstSeenStatistics:
+        return FirstSeenStatistics(
+            self._local.statistics().num_local_ids,
+            self._lookups_total,
+            self._failures_total,
+            self._degraded,
+        )
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+
+async def open_first_seen(settings: RedisSettings) -> FirstSeen:
+    """The table that the settings ask for. Raises ConfigError if its Redis does not answer."""
+    if not settings.url:
+        return LocalFirstSeen(settings.max_local_ids)
+    table = RedisFirstSeen(settings)
+    await table.check()
+    return table

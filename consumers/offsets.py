@@ -1,0 +1,92 @@
+"""How far a partition has come: what may be committed, and where a replay would begin.
+
+Sans-IO. The committed offset's metadata carries the replay offset, so that the topic itself is the
+state store (docs/DESIGN.md, 3.3).
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from consumers.records import Assignment, CommitPoint
+
+_METADATA_PREFIX = "tapeline/1 replay="
+
+
+def encode_metadata(point: CommitPoint) -> str:
+    """The metadata string of a commit; at most 40 bytes of Kafka's 4096."""
+    return f"{_METADATA_PREFIX}{point.replay_from}"
+
+
+def decode_metadata(metadata: str | None, committed: int) -> int:
+    """The replay offset in a commit's metadata; the committed offset itself if it has none."""
+    text = (metadata or "").removeprefix(_METADATA_PREFIX)
+    return min(int(text), committed) if text.isdecimal() else committed
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """The records of one partition in one micro-batch.
+
+    Attributes:
+        end: the offset after its last record.
+        finished: its features and dead letters are acknowledged.
+    """
+
+    end: int
+    finished: bool = False
+
+
+class PartitionProgress:
+    """One assignment of one partition; made when it is assigned, closed when it is revoked.
+
+    Invariant: ``committable`` never passes an unfinished span and never falls.
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.partition = assignment.partition
+        self.live_from = assignment.live_from
+        self.committable = assignment.live_from
+        self.appended = assignment.replay_from
+        """The next offset that the windows have not seen."""
+        self.closed = False
+        self._committed = assignment.live_from
+        self._spans: deque[Span] = deque()
+        self._checkpoints = deque([(assignment.live_from, assignment.replay_from)])
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in flight."""
+        return not self._spans
+
+    def start(self, end: int) -> Span:
+        """Records up to ``end``, exclusive, are in flight from now on."""
+        assert end > self.committable
+        assert not self._spans or end > self._spans[-1].end
+        span = Span(end)
+        self._spans.append(span)
+        return span
+
+    def finish(self, span: Span) -> None:
+        """Marks a span; spans may finish in any order."""
+        assert not span.finished
+        span.finished = True
+        while self._spans and self._spans[0].finished:
+            self.committable = self._spans.popleft().end
+
+    def checkpoint(self, replay_offset: int) -> None:
+        """Notes that a replay from ``replay_offset`` gives the windows as they are now."""
+        if self.appended > self._checkpoints[-1][0]:
+            self._checkpoints.append((self.appended, replay_offset))
+
+    def commit_point(self) -> CommitPoint | None:
+        """What to commit now; None if nothing is new.
+
+        The replay offset is that of the newest checkpoint that ``committable`` has reached: the
+        windows of any later position need no older record, for replay offsets never fall.
+        """
+        if self.committable == self._committed:
+            return None
+        while len(self._checkpoints) > 1 and self._checkpoints[1][0] <= self.committable:
+            self._checkpoints.popleft()
+        self._committed = self.committable
+        return CommitPoint(self.partition, self.committable, self._checkpoints[0][1])

@@ -1,0 +1,262 @@
+"""One lane's Kafka consumer and the thread that owns it.
+
+One consumer has one queue in librdkafka, where low-priority records in front delay others; hence a
+consumer per lane. The thread polls, hands whole batches to the event loop, and answers rebalances,
+for which it waits until the loop has let go of the partitions.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+import structlog
+from confluent_kafka import (
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+
+from consumers.offsets import decode_metadata, encode_metadata
+from consumers.records import Assignment, CommitPoint, Partition, Record
+from schemas.errors import ConfigError, TapelineError, TransientError
+from schemas.settings import LaneSettings, Settings
+
+T = TypeVar("T")
+
+_POLL_S = 0.1
+_MAX_POLLED = 500
+_log = structlog.get_logger(__name__)
+
+
+class RecordSink(Protocol):
+    """Who takes a lane's records and partitions. Every call is made on the event loop."""
+
+    def put(self, lane: str, records: list[Record]) -> None:
+        """Takes records, in offset order per partition."""
+
+    def num_queued(self, lane: str) -> int:
+        """Records of the lane that wait."""
+
+    async def assigned(self, assignments: Sequence[Assignment]) -> None:
+        """Takes on partitions; their records follow."""
+
+    async def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> list[CommitPoint]:
+        """Lets go of partitions; returns what to commit for them."""
+
+
+class LanePoller:
+    """Polls one lane in a thread of its own.
+
+    Backpressure: at ``max_queued_records`` waiting in the sink the partitions are paused, at half
+    of it they are resumed.
+    """
+
+    def __init__(
+        self,
+        lane: LaneSettings,
+        settings: Settings,
+        sink: RecordSink,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.lane = lane
+        self.failure: asyncio.Future[None] = loop.create_future()
+        """Fails with what ended the thread, if anything but ``close`` did."""
+        self._sink = sink
+        self._loop = loop
+        self._timeout_s = settings.kafka.timeout_s
+        self._release_timeout_s = settings.worker.drain_timeout_s + settings.kafka.timeout_s
+        self._handed_over = 0
+        self._put = 0
+        self._paused = False
+        self._to_commit: SimpleQueue[Sequence[CommitPoint]] = SimpleQueue()
+        self._closing = threading.Event()
+        self._consumer = Consumer(_consumer_config(lane, settings))
+        self._thread = threading.Thread(target=self._run, name=f"poll-{lane.name}", daemon=True)
+
+    def start(self) -> None:
+        """Subscribes and begins to poll."""
+        self._consumer.subscribe(
+            [self.lane.topic],
+            on_assign=self._on_assign,
+            on_revoke=self._on_revoke,
+            on_lost=self._on_lost,
+        )
+        self._thread.start()
+
+    def commit(self, points: Sequence[CommitPoint]) -> None:
+        """Has the thread send a commit, soon; returns at once."""
+        if points:
+            self._to_commit.put(points)
+
+    async def close(self) -> None:
+        """Leaves the group, which revokes what is assigned, and ends the thread."""
+        self._closing.set()
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._adjust_pause()
+                self._send_commits()
+                self._hand_over(self._poll())
+            self._consumer.close()
+        except BaseException as error:
+            _log.error("poller_failed", lane=self.lane.name, error=repr(error))
+            self._loop.call_soon_threadsafe(_fail, self.failure, error)
+
+    def _send_commits(self) -> None:
+        """Commits without waiting for the answer.
+
+        Only this thread may do it: a call from another one waits until ``consume`` returns, and
+        that may be for ever (confluent-kafka 2.16).
+        """
+        while not self._to_commit.empty():
+            self._commit(self._to_commit.get(), asynchronous=True)
+
+    def _commit(self, points: Sequence[CommitPoint], *, asynchronous: bool) -> None:
+        offsets = [
+            TopicPartition(*one.partition, one.offset, encode_metadata(one)) for one in points
+        ]
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
+        except KafkaException as error:
+            # What is not committed is delivered again: at-least-once's cost, and no loss.
+            _log.warning("commit_failed", lane=self.lane.name, error=str(error))
+
+    def _poll(self) -> list[Message]:
+        """Waits for one message and takes those behind it; asking for many at once would wait."""
+        messages: list[Message] = self._consumer.consume(1, _POLL_S)
+        if messages:
+            messages += self._consumer.consume(_MAX_POLLED - 1, 0)
+        return messages
+
+    def _hand_over(self, messages: list[Message]) -> None:
+        records = []
+        for message in messages:
+            if error := message.error():
+                _raise_unless_passing(error, self.lane)
+                continue
+            records.append(_record(self.lane.name, message))
+        if records:
+            self._handed_over += len(records)
+            self._loop.call_soon_threadsafe(self._put_records, records)
+
+    def _put_records(self, records: list[Record]) -> None:
+        self._put += len(records)
+        self._sink.put(self.lane.name, records)
+
+    def _adjust_pause(self) -> None:
+        in_hand_over = self._handed_over - self._put
+        queued = self._sink.num_queued(self.lane.name) + in_hand_over
+        limit = self.lane.max_queued_records
+        if not self._paused and queued >= limit:
+            self._consumer.pause(self._consumer.assignment())
+            self._paused = True
+        elif self._paused and queued <= limit // 2:
+            self._consumer.resume(self._consumer.assignment())
+            self._paused = False
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        committed = consumer.committed(partitions, timeout=self._timeout_s)
+        assignments = [_assignment(one) for one in committed]
+        self._on_loop(self._sink.assigned(assignments))
+        for one, start in zip(assignments, committed, strict=True):
+            # Without a commit, auto.offset.reset says where to begin.
+            start.offset = one.replay_from if start.offset >= 0 else OFFSET_INVALID
+        consumer.incremental_assign(committed)
+        if self._paused:
+            consumer.pause(partitions)
+        for one in assignments:
+            _log.info(
+                "partition_assigned",
+                lane=self.lane.name,
+                partition=one.partition,
+                live_from=one.live_from,
+                replay_from=one.replay_from,
+            )
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        points = self._on_loop(self._sink.revoked(_names(partitions), lost=False))
+        if points:
+            self._commit(points, asynchronous=False)
+        consumer.incremental_unassign(partitions)
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._on_loop(self._sink.revoked(_names(partitions), lost=True))
+        consumer.incremental_unassign(partitions)
+
+    def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the event loop and waits for it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return future.result(self._release_timeout_s)
+
+
+def _consumer_config(lane: LaneSettings, settings: Settings) -> dict[str, Any]:
+    return {
+        "client.id": f"tapeline-worker-{lane.name}",
+        # Small local queues: what waits in librdkafka is out of the scheduler's sight.
+        "queued.min.messages": lane.max_queued_records,
+        "queued.max.messages.kbytes": 65_536,
+        "fetch.queue.backoff.ms": 10,
+        "max.poll.interval.ms": int(settings.worker.max_poll_interval_s * 1000),
+        "partition.assignment.strategy": "cooperative-sticky",
+        "auto.offset.reset": "earliest",
+        "logger": _librdkafka_logger,
+        **settings.kafka.client,
+        "bootstrap.servers": settings.kafka.bootstrap_servers,
+        "group.id": lane.group,
+        "enable.auto.commit": False,
+        "on_commit": _log_failed_commit,
+        "enable.auto.offset.store": False,
+        "isolation.level": "read_committed",
+    }
+
+
+_librdkafka_logger = logging.getLogger("librdkafka")
+
+
+def _record(lane: str, message: Any) -> Record:  # confluent's own types allow for errors here
+    partition = (message.topic(), message.partition())
+    appended_us = message.timestamp()[1] * 1000
+    headers = message.headers() or ()
+    return Record(
+        lane, partition, message.offset(), message.key(), message.value(), headers, appended_us
+    )
+
+
+def _assignment(committed: TopicPartition) -> Assignment:
+    if committed.error:
+        raise TransientError(f"no committed offset of {committed.topic}: {committed.error}")
+    live_from = max(committed.offset, 0)
+    replay_from = decode_metadata(committed.metadata, live_from)
+    return Assignment((committed.topic, committed.partition), live_from, replay_from)
+
+
+def _names(partitions: Sequence[TopicPartition]) -> list[Partition]:
+    return [(one.topic, one.partition) for one in partitions]
+
+
+def _raise_unless_passing(error: KafkaError, lane: LaneSettings) -> None:
+    if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED):
+        raise ConfigError(
+            f"lane {lane.name}: {error.str()}; create its topics with `tapeline topics --create`"
+        )
+    if error.fatal():
+        raise TapelineError(f"lane {lane.name}: {error.str()}")
+    _log.warning("poll_error", lane=lane.name, error=error.str())
+
+
+def _log_failed_commit(error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+    if error is not None:
+        _log.warning("commit_failed", partitions=_names(partitions), error=error.str())
+
+
+def _fail(future: asyncio.Future[None], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,225 @@
+"""A window's bits are its own, whatever it is computed with; and the engine knows when not."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from inference.engine import Engine, load_engine
+from inference.model import CnnLstm, ModelConfig
+from inference.seeded import seeded_artifact
+from schemas.errors import ConfigError
+from schemas.settings import ModelSettings, WindowSettings
+
+DEFAULT = ModelConfig(score_names=("up", "down"))
+TINY = ModelConfig(conv_channels=(16,), lstm_hidden=16)
+MAX_BATCH = 32
+
+Windows = NDArray[np.float32]
+
+
+@functools.cache
+def engine_of(config: ModelConfig, num_threads: int = 1, max_batch: int = MAX_BATCH) -> Engine:
+    channels_version = "market50-v1" if config.num_channels == 50 else "test-v1"
+    artifact = seeded_artifact(config=config, channels_version=channels_version)
+    return Engine(artifact, device="cpu", num_threads=num_threads, max_batch=max_batch)
+
+
+@functools.cache
+def pool(config: ModelConfig) -> Windows:
+    """Windows of every temper: random, constant, zero, huge, denormal, alternating."""
+    random = np.random.default_rng(11)
+    shape = (config.num_channels, config.num_steps)
+    windows = [random.normal(0, 10.0 ** random.integers(-3, 3), shape) for _ in range(12)]
+    windows += [np.full(shape, value) for value in (0.0, 1.0, -7.5, 1e-42, 3e38, -3e38)]
+    windows.append(np.where(np.indices(shape).sum(axis=0) % 2, 1e30, -1e30))
+    return np.array(windows, np.float32)
+
+
+def bits_of(engine: Engine, windows: Windows) -> list[bytes]:
+    """One row's features and scores each."""
+    inference = engine.infer(windows)
+    assert len(inference.features) == len(inference.scores) == len(windows)
+    rows = zip(inference.features, inference.scores, strict=True)
+    return [features.tobytes() + scores.tobytes() for features, scores in rows]
+
+
+@functools.cache
+def bits_alone(config: ModelConfig, num_threads: int, max_batch: int = MAX_BATCH) -> list[bytes]:
+    engine = engine_of(config, num_threads, max_batch)
+    return [bits_of(engine, window[None])[0] for window in pool(config)]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("config", [DEFAULT, TINY], ids=["default", "tiny"])
+def test_the_usual_sizes_keep_every_bucket(config: ModelConfig, num_threads: int) -> None:
+    statistics = engine_of(config, num_threads).statistics()
+    assert statistics.row_invariant
+    assert [bucket.num_rows for bucket in statistics.buckets] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("config", [DEFAULT, TINY], ids=["default", "tiny"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_window_s_bits_do_not_depend_on_its_batch(
+    config: ModelConfig, num_threads: int, data: st.DataObject
+) -> None:
+    """Any batch, in any order, of any length, cut anywhere, gives what each window gives alone."""
+    windows, alone = pool(config), bits_alone(config, num_threads)
+    rows = data.draw(st.lists(st.integers(0, len(windows) - 1), max_size=80), label="rows")
+    engine = engine_of(config, num_threads)
+    assert bits_of(engine, windows[rows]) == [alone[row] for row in rows]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_row_invariance_is_never_claimed_falsely(data: st.DataObject) -> None:
+    """Odd sizes have kernels with tails that round otherwise; then the engine must say so."""
+    size = st.integers(1, 40)
+    config = ModelConfig(
+        num_channels=data.draw(st.integers(1, 8), label="channels"),
+        num_steps=data.draw(st.integers(1, 12), label="steps"),
+        conv_channels=tuple(data.draw(st.lists(size, min_size=1, max_size=2), label="conv")),
+        lstm_hidden=data.draw(size, label="hidden"),
+        lstm_layers=data.draw(st.integers(1, 2), label="layers"),
+        num_features=data.draw(size, label="features"),
+        score_names=("a", "b", "c")[: data.draw(st.integers(0, 3), label="scores")],
+        score_activation=data.draw(st.sampled_from(["sigmoid", "softmax"]), label="activation"),
+    )
+    max_batch = data.draw(st.sampled_from([1, 5, 16, 37]), label="max_batch")
+    engine = engine_of(config, 1, max_batch)
+    if not engine.statistics().row_invariant:
+        return
+    windows, alone = pool(config), bits_alone(config, 1, max_batch)
+    rows = data.draw(st.lists(st.integers(0, len(windows) - 1), max_size=60), label="rows")
+    assert bits_of(engine, windows[rows]) == [alone[row] for row in rows]
+
+
+@pytest.mark.parametrize("num_windows", [0, 1, 4, 5, 31, 32, 33, 200])
+def test_every_window_is_computed_once_and_counted(num_windows: int) -> None:
+    engine = engine_of(TINY)
+    before = engine.statistics()
+    windows = np.random.default_rng(num_windows).normal(size=(num_windows, 50, 60))
+    inference = engine.infer(windows.astype(np.float32))
+    assert inference.features.shape == (num_windows, 64)
+    assert inference.scores.shape == (num_windows, 0)
+    assert inference.features.dtype == inference.scores.dtype == np.float32
+    assert inference.model_version == engine.describe().model_version
+    after = engine.statistics()
+    assert after.num_calls == before.num_calls + 1
+    assert after.num_windows == before.num_windows + num_windows
+    computed = sum(
+        new.num_rows * (new.num_calls - old.num_calls)
+        for new, old in zip(after.buckets, before.buckets, strict=True)
+    )
+    assert computed == num_windows + after.num_padded_rows - before.num_padded_rows
+    assert computed - num_windows < MAX_BATCH
+
+
+def test_the_engine_answers_as_the_model_does() -> None:
+    engine, artifact = engine_of(DEFAULT), seeded_artifact(config=DEFAULT)
+    windows = pool(DEFAULT)
+    inference = engine.infer(windows)
+    with torch.inference_mode():
+        features, scores = artifact.build_model()(torch.from_numpy(windows))
+    np.testing.assert_allclose(inference.features, features.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(inference.scores, scores.numpy(), rtol=0, atol=1e-5)
+
+
+def test_results_stay_when_the_engine_runs_again() -> None:
+    """The staging memory is reused; what a caller holds is not."""
+    engine, windows = engine_of(TINY), pool(TINY)
+    first = engine.infer(windows[:4])
+    copy = first.features.copy()
+    engine.infer(windows[4:8])
+    np.testing.assert_array_equal(first.features, copy)
+
+
+@pytest.mark.parametrize(
+    ("windows", "text"),
+    [
+        (np.zeros((1, 60, 50), np.float32), r"50 channels, 60 steps\), not \(1, 60, 50\)"),
+        (np.zeros((50, 60), np.float32), r"not \(50, 60\)"),
+        (np.zeros((1, 50, 60)), "float32, not float64"),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(windows: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        engine_of(TINY).infer(windows)
+
+
+def skewed(skew: Callable[[int], torch.Tensor | float]) -> Callable[..., Any]:
+    """A forward pass that is off by ``skew(batch size)``, below the tolerance: a rounding fault."""
+    forward = CnnLstm.forward
+
+    def off(self: CnnLstm, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, scores = forward(self, windows)
+        return features + skew(len(windows)), scores
+
+    return off
+
+
+@pytest.mark.parametrize(
+    ("skew", "row_invariant", "buckets"),
+    [
+        (lambda size: 1e-6 * (size == 8), True, [4, 16, 32]),
+        (lambda size: 1e-6 * (size == 4), True, [8, 16, 32]),
+        (lambda size: 1e-6 * (size >= 16), True, [4, 8]),
+        (lambda size: 1e-7 * size, True, [4]),
+        (lambda size: 1e-6 * (torch.arange(size) == size - 1)[:, None], False, [4, 8, 16, 32]),
+    ],
+    ids=["one", "smallest", "half", "each", "position"],
+)
+def test_buckets_that_round_otherwise_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+    skew: Callable[[int], torch.Tensor | float],
+    row_invariant: bool,
+    buckets: list[int],
+) -> None:
+    artifact = seeded_artifact(config=TINY)
+    monkeypatch.setattr(CnnLstm, "forward", skewed(skew))
+    statistics = Engine(artifact, device="cpu", max_batch=32).statistics()
+    assert statistics.row_invariant is row_invariant
+    assert [bucket.num_rows for bucket in statistics.buckets] == buckets
+
+
+def test_a_device_that_computes_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = seeded_artifact(config=TINY)
+    monkeypatch.setattr(CnnLstm, "forward", skewed(lambda size: 1e-3))
+    with pytest.raises(ConfigError, match=r"off its reference outputs by 0\.001"):
+        Engine(artifact, device="cpu", max_batch=4)
+
+
+def test_a_model_that_answers_nan_is_refused() -> None:
+    artifact = seeded_artifact(config=TINY)
+    poisoned = {**artifact.weights, "head.bias": torch.full((64,), float("nan"))}
+    with pytest.raises(ConfigError, match="off its reference outputs by nan"):
+        Engine(dataclasses.replace(artifact, weights=poisoned), device="cpu", max_batch=4)
+
+
+def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"torch sees no CUDA device; set model\.device = 'auto'"):
+        Engine(seeded_artifact(config=TINY), device="cuda")
+
+
+def test_settings_choose_the_model(tmp_path: Path) -> None:
+    seeded_artifact(7, config=TINY, path=tmp_path / "model")
+    brought = load_engine(ModelSettings(artifact=tmp_path / "model", max_batch=4))
+    assert brought.describe().model_version.startswith("cnn-lstm-seeded@7-")
+    seeded = load_engine(ModelSettings(max_batch=4), WindowSettings(num_steps=20))
+    assert seeded.describe().model_version.startswith("cnn-lstm-seeded@0-")
+    assert seeded.describe().num_steps == 20
+    with pytest.raises(ConfigError, match="windows of 60 steps, not 20"):
+        load_engine(ModelSettings(artifact=tmp_path / "model"), WindowSettings(num_steps=20))
+    with pytest.raises(ConfigError, match="no seeded weights for channel set 'mine-v1'"):
+        load_engine(ModelSettings(), WindowSettings(channel_set="mine-v1"))
