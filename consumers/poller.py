@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Coroutine, Sequence
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
 from confluent_kafka import (
@@ -119,7 +119,7 @@ class LanePoller:
         while not self._to_commit.empty():
             self._commit(self._to_commit.get(), asynchronous=True)
 
-    def _commit(self, points: Sequence[CommitPoint], *, asynchronous: bool) -> None:
+    def _commit(self, points: Sequence[CommitPoint], *, asynchronous: Literal[True, False]) -> None:
         offsets = [
             TopicPartition(*one.partition, one.offset, encode_metadata(one)) for one in points
         ]

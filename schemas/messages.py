@@ -19,6 +19,7 @@ MAX_BOOK_LEVELS = 10
 MAX_NAME_CHARS = 128  # of a symbol, a venue, an event id
 MIN_PRICE, MAX_PRICE = 1e-12, 1e15  # any unit of any market; ratios stay finite in float32
 MAX_SIZE = 1e18
+MAX_LONG = 2**62  # half of Avro's long, so that differences fit too
 _MAX_SAMPLE_VALUES = 4096
 _LEVEL_BYTES = 16  # price and size, float64 each
 
@@ -93,7 +94,8 @@ class Sample(msgspec.Struct, frozen=True, tag="sample", gc=False):
     @classmethod
     def from_values(cls, values: ArrayLike) -> "Sample":
         """Takes shape (channels,)."""
-        return cls(np.asarray(values, "<f4").tobytes())
+        with np.errstate(over="ignore"):  # becomes inf, which check_event refuses
+            return cls(np.asarray(values).astype("<f4").tobytes())
 
 
 Payload = Trade | Quote | Book | Bar | Sample
@@ -192,8 +194,10 @@ def check_event(event: MarketEvent) -> None:
             raise InvalidEvent(
                 "bad_name", f"{name} must have 1 to {MAX_NAME_CHARS} characters, not {len(text)}"
             )
-    if event.event_time_us <= 0:
+    if not 0 < event.event_time_us <= MAX_LONG:
         raise InvalidEvent("bad_time", f"event_time_us must be positive, not {event.event_time_us}")
+    if event.sequence is not None and not 0 <= event.sequence <= MAX_LONG:
+        raise InvalidEvent("bad_sequence", f"sequence must not be negative, not {event.sequence}")
     match event.payload:
         case Trade(price, size):
             _check_price("price", price)
@@ -210,7 +214,7 @@ def check_event(event: MarketEvent) -> None:
             for name, price in (("open", open_), ("high", high), ("low", low), ("close", close)):
                 _check_price(name, price)
             _check_size("volume", volume)
-            if interval_us <= 0:
+            if not 0 < interval_us <= MAX_LONG:
                 raise InvalidEvent("bad_time", f"interval_us must be positive, not {interval_us}")
         case Sample(values):
             _check_sample(values)

@@ -8,6 +8,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,8 @@ from schemas.errors import ConfigError
 ENV_PREFIX = "TAPELINE_"
 CONFIG_FILE_ENV = "TAPELINE_CONFIG"
 DEFAULT_CONFIG_FILE = "tapeline.toml"
+
+_toml_file: ContextVar[Path | None] = ContextVar("toml_file", default=None)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -240,7 +243,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _toml_file.get())
 
 
 def load_settings(config_file: Path | None = None, **overrides: Any) -> Settings:
@@ -257,16 +260,16 @@ def load_settings(config_file: Path | None = None, **overrides: Any) -> Settings
         _check_keys(Settings, _read_toml(path), where=str(path))
     _check_environment()
 
-    class SettingsFromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=path)
-
+    token = _toml_file.set(path)
     try:
-        return SettingsFromFile(**overrides)
+        return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         text = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"settings: {key}: {text}" if key else f"settings: {text}") from error
+    finally:
+        _toml_file.reset(token)
 
 
 def _config_file(given: Path | None) -> Path | None:

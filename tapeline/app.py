@@ -1,0 +1,170 @@
+"""The whole processor, started here: as one Ray Serve application, or in a plain process."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from consumers.dedup import open_first_seen
+from consumers.metrics import LaneCounts, WorkerStatistics
+from consumers.worker import Worker
+from inference.client import LocalInferencer
+from schemas.errors import ConfigError
+from schemas.settings import Settings
+from tapeline.clients import check_kafka
+
+def check_surroundings(settings: Settings) -> None:
+    """Raises ConfigError unless broker, topics and Redis answer."""
+    lanes = settings.active_lanes
+    topics = [
+        topic for lane in lanes for topic in (lane.topic, lane.output_topic, lane.dlq_topic)
+    ]
+    check_kafka(settings, topics)
+
+    async def check_redis() -> None:
+        await (await open_first_seen(settings.redis)).close()
+
+    asyncio.run(check_redis())
+
+
+async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> WorkerStatistics:
+    """Runs one worker with the model in this process until SIGTERM or SIGINT.
+
+    Raises ConfigError, or what ended the loop.
+    """
+    from inference.engine import load_engine  # torch, only here
+
+    engine = await asyncio.to_thread(load_engine, settings.model, settings.window)
+    inferencer = LocalInferencer(engine.infer, engine.describe())
+    first_seen = await open_first_seen(settings.redis)
+    worker = Worker(settings, inferencer, first_seen)
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, worker.stop)
+    if settings.metrics.port:
+        _serve_metrics(settings.metrics.port)
+    on_started()
+    try:
+        await worker.run()
+    finally:
+        await inferencer.close()
+        await first_seen.close()
+    return worker.statistics()
+
+
+class ServeApplication:
+    """The processor on Ray Serve: one application, a worker and a model deployment."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._name = settings.serve.app_name
+
+    def deploy(self) -> None:
+        """Starts both deployments and waits until every replica works.
+
+        Raises ConfigError with the replica's own sentence if one cannot start.
+        """
+        from ray import serve
+
+        from consumers.deployment import build_worker_deployment
+        from inference.deployment import build_model_deployment
+
+        settings = self._settings
+        model = build_model_deployment(settings.model, settings.serve, window=settings.window)
+        try:
+            serve.run(build_worker_deployment(settings, model), name=self._name, route_prefix=None)
+        except RuntimeError as error:
+            status = serve.status().applications.get(self._name)
+            reports = [one.message for one in status.deployments.values()] if status else []
+            raise ConfigError(_cause([*reports, str(error)])) from error
+
+    def statistics(self) -> list[WorkerStatistics]:
+        """Of every worker replica; blocks for some milliseconds."""
+        return self._of_every_worker("statistics")
+
+    def drain(self) -> list[WorkerStatistics]:
+        """Has every worker finish what is in flight, commit and leave; their last statistics.
+
+        Blocks for at most the timeouts of the settings.
+        """
+        return self._of_every_worker("drain")
+
+    def delete(self) -> None:
+        """Takes both deployments away; blocks until their replicas are gone."""
+        from ray import serve
+
+        serve.delete(self._name)
+
+    def _of_every_worker(self, method: str) -> list[WorkerStatistics]:
+        from ray import serve
+
+        from consumers.deployment import DEPLOYMENT_NAME
+
+        timeout_s = self._settings.worker.drain_timeout_s + 2 * self._settings.kafka.timeout_s
+        handle = serve.get_deployment_handle(DEPLOYMENT_NAME, self._name)
+        results: list[WorkerStatistics] = handle.broadcast(method).results(timeout_s=timeout_s)
+        return results
+
+
+@contextmanager
+def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[str]:
+    """Ray with Serve in it, yields where: the cluster that the settings or $RAY_ADDRESS name,
+    else one of our own, which ends with the context.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    address = settings.serve.address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=log_to_driver,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset "
+            "TAPELINE_SERVE__ADDRESS to run one here"
+        ) from error
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        yield ray.get_runtime_context().gcs_address
+        if address == "local":
+            serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def total_counts(workers: list[WorkerStatistics]) -> dict[str, LaneCounts]:
+    """The counts of all workers together, by lane."""
+    totals: dict[str, LaneCounts] = {}
+    for worker in workers:
+        for lane, counts in worker.lanes.items():
+            totals[lane] = totals.get(lane, LaneCounts()) + counts
+    return totals
+
+
+def _cause(reports: list[str]) -> str:
+    """The sentence of a ConfigError inside a replica's traceback, else the last line of it."""
+    for report in reports:
+        for line in report.splitlines():
+            name, _, sentence = line.strip().partition("ConfigError: ")
+            if sentence and " " not in name:
+                return sentence
+    lines = [line.strip() for report in reports for line in report.splitlines() if line.strip()]
+    return f"the application did not start: {lines[-1] if lines else 'Ray gives no reason'}"
+
+
+def _serve_metrics(port: int) -> None:
+    from prometheus_client import start_http_server
+
+    try:
+        start_http_server(port)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on port {port}: {error.strerror}; set TAPELINE_METRICS__PORT"
+        ) from error
