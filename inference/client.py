@@ -1,0 +1,158 @@
+"""How the stream side reaches a model: one protocol, in process or on Ray Serve.
+
+Free of torch, and of Ray until a call fails, so that a worker imports nothing that it does not run.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import TransientError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inference:
+    """What the model made of one micro-batch.
+
+    Attributes:
+        features: float32, shape (B, F), row i from window i. Read-only when it came from Serve.
+        scores: float32, shape (B, S), columns in the order of ``ModelDescription.score_names``.
+        model_version: of the model that made them.
+    """
+
+    features: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a caller must know before it sends the first window."""
+
+    model_version: str
+    channels_version: str
+    num_channels: int
+    num_steps: int
+    num_features: int
+    score_names: tuple[str, ...]
+
+
+class Inferencer(Protocol):
+    """A model that takes whole micro-batches. Calls may overlap; the caller bounds how many."""
+
+    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+        """Takes float32 (B, C, T), oldest step first.
+
+        Raises:
+            TransientError: the model is away, busy or late; the same call may work later.
+            ValueError: windows of another shape or dtype, a bug of the caller.
+        """
+
+    async def describe(self) -> ModelDescription:
+        """Raises TransientError while the model is away."""
+
+    async def close(self) -> None:
+        """Lets go of what this object owns. No call may follow."""
+
+
+class LocalInferencer:
+    """A blocking engine in this process, on one thread of its own: the event loop stays free.
+
+    Overlapping calls queue in front of that thread in the order of their start. A call whose task
+    is cancelled while the engine works still holds the thread until the engine is done.
+    """
+
+    def __init__(
+        self,
+        infer: Callable[[NDArray[np.float32]], Inference],
+        description: ModelDescription,
+    ) -> None:
+        self._infer = infer
+        self._description = description
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._infer, windows)
+
+    async def describe(self) -> ModelDescription:
+        return self._description
+
+    async def close(self) -> None:
+        """Drops calls that have not begun and waits for the one that has."""
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+
+
+class ServeInferencer:
+    """A ``FeatureModel`` deployment on Ray Serve, reached through its handle.
+
+    Args:
+        handle: the deployment's ``DeploymentHandle``.
+        timeout_s: of one call, the wait for a free replica included. A late call is cancelled.
+    """
+
+    def __init__(self, handle: Any, *, timeout_s: float = 10.0) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+        inference: Inference = await self._call("infer", windows)
+        return inference
+
+    async def describe(self) -> ModelDescription:
+        description: ModelDescription = await self._call("describe")
+        return description
+
+    async def close(self) -> None:
+        """Leaves the deployment running: it is not this object's."""
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        response = getattr(self._handle, method).remote(*args)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await response
+        except TimeoutError as error:
+            response.cancel()
+            raise TransientError(
+                f"the model gave no answer to {method} within {self._timeout_s:g} s"
+            ) from error
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            ours = _as_ours(error, method)
+            if ours is error:
+                raise
+            raise ours from error
+
+
+def _as_ours(error: Exception, method: str) -> Exception:
+    """The error that a caller reacts to: the replica's own, as it was raised there, or
+    TransientError where Ray restarts, reroutes or frees what failed.
+    """
+    from ray import exceptions as ray_errors
+    from ray.serve import exceptions as serve_errors
+
+    if isinstance(error, ray_errors.RayTaskError):
+        return error.cause if isinstance(error.cause, Exception) else error
+    may_heal = (
+        ray_errors.RayActorError,  # its replica died or is unreachable: Serve starts another
+        ray_errors.WorkerCrashedError,
+        ray_errors.NodeDiedError,
+        ray_errors.OutOfMemoryError,
+        ray_errors.ObjectLostError,
+        ray_errors.GetTimeoutError,
+        ray_errors.RpcError,
+        ray_errors.TaskCancelledError,  # by a replica that drains: our own cancels end elsewhere
+        serve_errors.BackPressureError,
+        serve_errors.DeploymentUnavailableError,
+    )
+    if not isinstance(error, may_heal):
+        return error
+    reason = str(error).partition("\n")[0]  # Ray appends pages of context
+    return TransientError(f"the model could not answer {method}: {type(error).__name__}: {reason}")

@@ -1,0 +1,85 @@
+"""The model on Ray Serve: one call carries a whole micro-batch."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+from ray.serve import Application
+
+from inference.client import Inference, ModelDescription
+from inference.engine import EngineStatistics, load_engine
+from schemas.errors import ConfigError
+from schemas.settings import ModelSettings, ServeSettings, WindowSettings
+
+DEPLOYMENT_NAME = "model"
+
+
+class FeatureModel:
+    """One replica: an engine, and the thread that it runs on.
+
+    The caller has made the batch already, so there is no ``@serve.batch`` here. Calls that overlap
+    queue in front of the engine's thread: while one computes, the next is on its way.
+
+    Raises ConfigError in its constructor (see ``load_engine``): Serve then reports the deployment
+    as failed with that sentence.
+    """
+
+    def __init__(self, settings: ModelSettings, window: WindowSettings) -> None:
+        self._engine = load_engine(settings, window)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+        """Takes float32 (B, C, T). Raises ValueError for another shape; the replica lives on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._engine.infer, windows)
+
+    async def describe(self) -> ModelDescription:
+        return self._engine.describe()
+
+    async def statistics(self) -> EngineStatistics:
+        """Of the one replica that answers."""
+        return self._engine.statistics()
+
+    async def check_health(self) -> None:
+        """Runs the reference windows: raises, and so has the replica replaced, if they come out
+        wrong or the device no longer answers. A few milliseconds, every ten seconds.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._engine.check_reference)
+
+
+def build_model_deployment(
+    settings: ModelSettings,
+    serve_settings: ServeSettings,
+    *,
+    window: WindowSettings | None = None,
+    max_ongoing_requests: int = 4,
+) -> Application:
+    """The Serve application of the model, ready for ``serve.run`` or for binding into a worker.
+
+    Args:
+        max_ongoing_requests: micro-batches at one replica, queued or computed. A few hide the way
+            there and back; more only hide from Serve which replica is busy.
+
+    Raises ConfigError when CUDA is asked for without a share of a GPU: Ray would hide every GPU.
+    """
+    if settings.device == "cuda" and serve_settings.model_num_gpus == 0:
+        raise ConfigError(
+            "model.device is 'cuda', but serve.model_num_gpus is 0; "
+            "set it to the share of a GPU that each replica takes, for example 0.5"
+        )
+    if settings.artifact is not None:  # a replica's working directory is not the user's
+        settings = settings.model_copy(update={"artifact": settings.artifact.absolute()})
+    as_deployment = serve.deployment(
+        name=DEPLOYMENT_NAME,
+        num_replicas=settings.num_replicas,
+        max_ongoing_requests=max_ongoing_requests,
+        ray_actor_options={
+            "num_cpus": serve_settings.model_num_cpus,
+            "num_gpus": serve_settings.model_num_gpus,
+        },
+        logging_config={"enable_access_log": False},  # else a line for every micro-batch
+    )
+    return as_deployment(FeatureModel).bind(settings, window or WindowSettings())

@@ -1,0 +1,339 @@
+"""The model in one process: buckets, padding, and the proof that a row's bits are its own."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from inference.artifact import Artifact, load_artifact, typical_windows
+from inference.client import Inference, ModelDescription
+from inference.model import CnnLstm, ModelConfig, check_windows
+from inference.seeded import MARKET50_V1, seeded_artifact
+from schemas.errors import ConfigError, TransientError
+from schemas.settings import ModelSettings, WindowSettings
+
+Device = Literal["auto", "cpu", "cuda"]
+
+SMALLEST_BUCKET = 4  # below it, CPU kernels for vectors take over, and they round differently
+_NUM_PROBES = 4
+_WILD = np.float32(1e30)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class BucketStatistics:
+    """One padded batch shape: its rows and how often it ran."""
+
+    num_rows: int
+    num_calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """What an engine is and did since its warm-up.
+
+    Attributes:
+        row_invariant: a window's features have the same bits whatever shares its micro-batch.
+            Proven at warm-up on this machine; where False, features may differ in their last bits
+            after a restart.
+        num_padded_rows: rows computed for nothing, beside ``num_windows``.
+        buckets: ascending; only those that the proof left.
+    """
+
+    model_version: str
+    device: str
+    row_invariant: bool
+    num_calls: int
+    num_windows: int
+    num_padded_rows: int
+    buckets: tuple[BucketStatistics, ...]
+
+
+class Engine:
+    """An artifact on a device, warm, with a few batch shapes ("buckets") that give equal bits.
+
+    Construction takes seconds: it runs every bucket, drops those whose kernels round differently,
+    and compares the artifact's reference outputs. Calls block and must not overlap: give an engine
+    one thread (``LocalInferencer`` does).
+
+    Side effects on the process: torch's thread count is ``num_threads``; on CUDA, TF32 is off and
+    deterministic algorithms are preferred.
+
+    Args:
+        max_batch: the largest bucket, 4 at least. More windows in one call are split.
+
+    Raises:
+        ConfigError: no such device, or the reference outputs are missed by more than the
+            artifact's tolerance.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        device: Device = "auto",
+        num_threads: int = 1,
+        max_batch: int = 256,
+    ) -> None:
+        assert num_threads >= 1
+        assert max_batch >= 1
+        self._artifact = artifact
+        self._num_threads = num_threads
+        self._device = _resolve(device)
+        if self._device.type == "cuda":
+            _prefer_exact_arithmetic()
+        self._model: CnnLstm = artifact.build_model().to(self._device)
+        self._staging: dict[int, Tensor] = {}
+        self._plans: dict[int, tuple[int, ...]] = {0: ()}
+        self._buckets: tuple[int, ...] = _candidate_buckets(max_batch)
+        self._cost_s: dict[int, float] = {}
+        self.row_invariant = self._keep_equal_buckets()
+        self.check_reference()
+        self._num_calls = self._num_windows = self._num_padded_rows = 0
+        self._calls_by_bucket: Counter[int] = Counter()
+
+    def infer(self, windows: NDArray[np.float32]) -> Inference:
+        """Takes float32 (B, C, T), any B, oldest step first. Blocks until the result is on the CPU.
+
+        Raises:
+            ValueError: another shape or dtype.
+            TransientError: the device is out of memory.
+        """
+        check_windows(self._artifact.config, windows.shape, str(windows.dtype))
+        plan = self._plan(len(windows))
+        outputs = self._run_plan(windows, plan)
+        self._num_calls += 1
+        self._num_windows += len(windows)
+        self._num_padded_rows += sum(plan) - len(windows)
+        self._calls_by_bucket.update(plan)
+        num_features = self._artifact.config.num_features
+        return Inference(
+            features=np.ascontiguousarray(outputs[:, :num_features]),
+            scores=np.ascontiguousarray(outputs[:, num_features:]),
+            model_version=self._artifact.model_version,
+        )
+
+    def describe(self) -> ModelDescription:
+        config = self._artifact.config
+        return ModelDescription(
+            model_version=self._artifact.model_version,
+            channels_version=self._artifact.channels_version,
+            num_channels=config.num_channels,
+            num_steps=config.num_steps,
+            num_features=config.num_features,
+            score_names=config.score_names,
+        )
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            model_version=self._artifact.model_version,
+            device=str(self._device),
+            row_invariant=self.row_invariant,
+            num_calls=self._num_calls,
+            num_windows=self._num_windows,
+            num_padded_rows=self._num_padded_rows,
+            buckets=tuple(
+                BucketStatistics(bucket, self._calls_by_bucket[bucket]) for bucket in self._buckets
+            ),
+        )
+
+    def check_reference(self) -> None:
+        """Runs the artifact's reference windows; blocks like ``infer``.
+
+        Raises ConfigError when the largest absolute difference from the reference outputs is above
+        the artifact's tolerance: this device does not compute this model.
+        """
+        reference = self._artifact.reference
+        outputs = self._run_plan(reference.windows, self._plan(len(reference.windows)))
+        expected = np.concatenate([reference.features, reference.scores], axis=1)
+        error = float(np.abs(outputs - expected).max())
+        if not error <= self._artifact.tolerance:  # so that NaN fails too
+            raise ConfigError(
+                f"{self._artifact.model_version} on {self._device} is off its reference outputs by "
+                f"{error:.3g}, more than its tolerance {self._artifact.tolerance:g}; use another "
+                "model.device or save the artifact with a tolerance that it can keep"
+            )
+
+    def _plan(self, num_windows: int) -> tuple[int, ...]:
+        """The buckets that hold so many rows at the least measured cost.
+
+        On a CPU 130 rows are cheaper as 128 + 4 than padded to 256, on a GPU they are not. Equal
+        bits in every bucket make this a question of time alone.
+        """
+        largest = self._buckets[-1]
+        if num_windows > largest:
+            whole, rest = divmod(num_windows, largest)
+            return (largest,) * whole + self._plan(rest)
+        if num_windows not in self._plans:
+            padded = next(bucket for bucket in self._buckets if bucket >= num_windows)
+            plans: list[tuple[int, ...]] = [(padded,)]
+            if padded > self._buckets[0] and padded > num_windows:
+                filled = self._buckets[self._buckets.index(padded) - 1]
+                plans.append((filled, *self._plan(num_windows - filled)))
+            self._plans[num_windows] = min(plans, key=self._plan_cost_s)
+        return self._plans[num_windows]
+
+    def _plan_cost_s(self, plan: Sequence[int]) -> float:
+        return sum(self._cost_s[bucket] for bucket in plan)
+
+    def _run_plan(self, windows: NDArray[np.float32], plan: Sequence[int]) -> NDArray[np.float32]:
+        """float32 (B, F + S)."""
+        config = self._artifact.config
+        outputs = np.empty((len(windows), config.num_features + config.num_scores), np.float32)
+        start = 0
+        for bucket in plan:
+            end = min(start + bucket, len(windows))
+            outputs[start:end] = self._run_bucket(bucket, windows[start:end])
+            start = end
+        return outputs
+
+    @torch.inference_mode()
+    def _run_bucket(self, bucket: int, windows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Runs up to ``bucket`` rows, padded with zeros. The only place that runs the model."""
+        torch.set_num_threads(self._num_threads)  # OpenMP counts per calling thread
+        if bucket not in self._staging:
+            config = self._artifact.config
+            self._staging[bucket] = torch.zeros((bucket, config.num_channels, config.num_steps))
+        staging = self._staging[bucket]
+        rows = staging.numpy()
+        rows[: len(windows)] = windows
+        rows[len(windows) :] = 0
+        try:
+            features, scores = self._model(staging.to(self._device))
+            outputs: Tensor = torch.cat([features, scores], dim=1).cpu()
+        except torch.OutOfMemoryError as error:
+            raise TransientError(
+                f"{self._device} has no memory left for a batch of {bucket} windows; free some, "
+                "or lower model.max_batch"
+            ) from error
+        return outputs.numpy()[: len(windows)]
+
+    def _keep_equal_buckets(self) -> bool:
+        """Leaves the buckets that give a row equal bits at every position; False if none does.
+
+        The design promises bit-identical features after a restart, though micro-batches are then
+        cut elsewhere. Kernels are chosen by shape and round differently, so nothing is assumed:
+        each bucket runs the same probe rows at every position, among different neighbours.
+        """
+        probes = self._probe_windows()
+        agreeing: dict[bytes, list[int]] = {}
+        for bucket in self._buckets:
+            bits, self._cost_s[bucket] = self._probe(bucket, probes)
+            if bits is not None:
+                agreeing.setdefault(bits, []).append(bucket)
+        dropped: set[int] = set()
+        if agreeing:
+            # A GPU takes about as long for one row as for many: its largest shape serves all. A CPU
+            # pays by the row: keep the most shapes, and of equally many the smallest.
+            on_gpu = self._device.type == "cuda"
+            groups = agreeing.values()
+            kept = max(groups, key=max if on_gpu else lambda group: (len(group), -max(group)))
+            dropped = set(self._buckets) - set(kept)
+            self._buckets = tuple(kept)
+        if dropped or not agreeing:
+            log.warning(
+                "engine_rows_depend_on_batch",
+                row_invariant=bool(agreeing),
+                dropped_buckets=sorted(dropped),
+                buckets=list(self._buckets),
+                device=str(self._device),
+            )
+        return bool(agreeing)
+
+    def _probe_windows(self) -> NDArray[np.float32]:
+        """float32 (P, C, T): typical windows and, last, one of huge values."""
+        artifact = self._artifact
+        probes = typical_windows(artifact.config, artifact.normalisation, _NUM_PROBES, seed=1)
+        probes[-1] = np.where(probes[-1] > artifact.normalisation.mean[:, None], _WILD, -_WILD)
+        return probes
+
+    def _probe(self, bucket: int, probes: NDArray[np.float32]) -> tuple[bytes | None, float]:
+        """The probes' output bits if alike in every layout of this bucket, else None; its seconds.
+
+        The time is the best of five, so that a noisy host matters less: it only weighs plans
+        against each other.
+        """
+        rows = np.arange(bucket)
+        layouts = [(rows + shift) % len(probes) for shift in range(len(probes))]
+        layouts.append(rows[:1])  # alone, among zeros
+        bits: dict[int, set[bytes]] = {}
+        cost_s = float("inf")
+        for layout in layouts:
+            start_s = time.perf_counter()
+            outputs = self._run_bucket(bucket, probes[layout])
+            cost_s = min(cost_s, time.perf_counter() - start_s)
+            for probe, output in zip(layout.tolist(), outputs, strict=True):
+                bits.setdefault(probe, set()).add(output.tobytes())
+        if any(len(seen) > 1 for seen in bits.values()):
+            return None, cost_s
+        return b"".join(next(iter(bits[probe])) for probe in sorted(bits)), cost_s
+
+
+def load_engine(settings: ModelSettings, window: WindowSettings | None = None) -> Engine:
+    """The engine that the settings ask for: ``settings.artifact``, else seeded weights.
+
+    Args:
+        window: what will feed it; the artifact is checked against it. None: the default.
+
+    Raises ConfigError: see ``load_artifact`` and ``Engine``; or no artifact for a channel set other
+    than market50-v1.
+    """
+    window = window or WindowSettings()
+    if settings.artifact is not None:
+        artifact = load_artifact(
+            settings.artifact, channels_version=window.channel_set, num_steps=window.num_steps
+        )
+    elif window.channel_set == MARKET50_V1:
+        artifact = seeded_artifact(config=ModelConfig(num_steps=window.num_steps))
+    else:
+        raise ConfigError(
+            f"there are no seeded weights for channel set {window.channel_set!r}; "
+            "set model.artifact to a model made for it"
+        )
+    return Engine(
+        artifact,
+        device=settings.device,
+        num_threads=settings.num_threads,
+        max_batch=settings.max_batch,
+    )
+
+
+def _candidate_buckets(max_batch: int) -> tuple[int, ...]:
+    """Powers of two from 4, then ``max_batch`` itself. Below 4 it changes nothing: equal bits."""
+    buckets = [SMALLEST_BUCKET]
+    while 2 * buckets[-1] <= max_batch:
+        buckets.append(2 * buckets[-1])
+    return (*buckets, max_batch) if max_batch > buckets[-1] else tuple(buckets)
+
+
+def _resolve(device: Device) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ConfigError(
+            "model.device is 'cuda', but torch sees no CUDA device; "
+            "set model.device = 'auto' or mend the driver"
+        )
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu")
+
+
+def _prefer_exact_arithmetic() -> None:
+    """Process-wide: no TF32, no autotuned kernels, deterministic ones where torch has them.
+
+    For CUDA alone: a CPU has none of these choices, and the last call imports for seconds.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    # Filling costs time and changes nothing: no kernel here reads what it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)

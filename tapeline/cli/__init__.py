@@ -1,0 +1,81 @@
+"""The command ``tapeline``: one module per family of commands, listed here.
+
+Exit codes: 0 good; 1 the answer is bad, or something outside failed; 2 bad use, one sentence on
+stderr says how to mend it; 130 ended by Ctrl-C. Commands import what they need when they run, so
+that ``tapeline --help`` is quick.
+"""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from schemas.errors import ConfigError, TapelineError
+from tapeline.cli import features, lag, stack, tape
+from tapeline.cli.terminal import GlobalOptions
+
+
+class _Tapeline(TyperGroup):
+    """Turns our errors into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            code, text = 2, str(error)
+        except TapelineError as error:
+            code, text = 1, str(error)
+        typer.echo(f"tapeline: {text}", err=True)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="tapeline",
+    cls=_Tapeline,
+    help="Market events in, model features out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _family, _commands in (
+    ("The local stack", [stack.up, stack.down, stack.status, stack.doctor, stack.topics]),
+    ("The tape", [tape.produce, tape.simulate, features.subscribe]),
+    ("The stream", [lag.lag]),
+):
+    for _command in _commands:
+        app.command(rich_help_panel=_family)(_command)
+
+
+@app.callback()
+def _global_options(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Settings, TOML; else $TAPELINE_CONFIG, else ./tapeline.toml."),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"tapeline {installed('tapeline')}")
+        raise typer.Exit
+    ctx.obj = GlobalOptions(config)
+
+
+def main() -> None:
+    """The console script."""
+    # A polite kill ends a command as Ctrl-C does: buffers are flushed, files are closed.
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
