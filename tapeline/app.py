@@ -15,12 +15,11 @@ from schemas.errors import ConfigError
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
 
+
 def check_surroundings(settings: Settings) -> None:
     """Raises ConfigError unless broker, topics and Redis answer."""
     lanes = settings.active_lanes
-    topics = [
-        topic for lane in lanes for topic in (lane.topic, lane.output_topic, lane.dlq_topic)
-    ]
+    topics = [topic for lane in lanes for topic in (lane.topic, lane.output_topic, lane.dlq_topic)]
     check_kafka(settings, topics)
 
     async def check_redis() -> None:
@@ -136,7 +135,7 @@ def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[s
         if address == "local":
             serve.shutdown()
     finally:
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 def total_counts(workers: list[WorkerStatistics]) -> dict[str, LaneCounts]:

@@ -113,7 +113,7 @@ def list_offsets(
 
     Blocks for at most kafka.timeout_s. Raises TransientError.
     """
-    spec = OffsetSpec.latest() if latest else OffsetSpec.earliest()
+    spec = (OffsetSpec.latest if latest else OffsetSpec.earliest)()  # type: ignore[no-untyped-call]
     timeout_s = settings.kafka.timeout_s
     answers = admin.list_offsets(
         dict.fromkeys(partitions, spec),
@@ -136,9 +136,7 @@ def missing_topic(*topics: str, settings: Settings) -> ConfigError:
     which = f"topic {topics[0]}" if len(topics) == 1 else f"topics {', '.join(topics)}"
     verb = "does" if len(topics) == 1 else "do"
     where = settings.kafka.bootstrap_servers
-    return ConfigError(
-        f"the {which} {verb} not exist at {where}; run `tapeline topics --create`"
-    )
+    return ConfigError(f"the {which} {verb} not exist at {where}; run `tapeline topics --create`")
 
 
 def no_broker(settings: Settings) -> ConfigError:

@@ -33,7 +33,9 @@ class PartitionLag:
     lag: int
 
 
-def lane_lags(settings: Settings, lanes: Sequence[LaneSettings] | None = None) -> list[PartitionLag]:
+def lane_lags(
+    settings: Settings, lanes: Sequence[LaneSettings] | None = None
+) -> list[PartitionLag]:
     """Every partition of the lanes (all enabled ones), first rank first.
 
     Blocks for some milliseconds a lane, or until kafka.timeout_s.
@@ -75,8 +77,8 @@ def _commits(
         found = answers[lane.group].result(timeout_s + 1)
     except FutureTimeoutError as error:
         raise ConfigError(
-            f"the broker at {settings.kafka.bootstrap_servers} does not say what group {lane.group} "
-            f"has committed within {timeout_s:g} s; look at its health or raise kafka.timeout_s"
+            f"the broker at {settings.kafka.bootstrap_servers} did not say in {timeout_s:g} s what "
+            f"group {lane.group} has committed; look at its health or raise kafka.timeout_s"
         ) from error
     except KafkaException as error:
         if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:

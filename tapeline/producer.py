@@ -252,7 +252,9 @@ class MarketEventProducer:
                 break
         self._raise_failure()
         if left:
-            raise DeliveryTimedOut(f"{left} events are not acknowledged after {timeout_s:g} s", left)
+            raise DeliveryTimedOut(
+                f"{left} events are not acknowledged after {timeout_s:g} s", left
+            )
 
     def close(self, timeout_s: float | None = None) -> None:
         """Flushes and ends. May be called twice."""
@@ -423,4 +425,6 @@ def _delivery(message: Message) -> Delivery:
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     assert topic is not None
     assert partition is not None
-    return Delivery(topic, partition, -1 if offset is None else offset, message.timestamp()[1] * 1000)
+    return Delivery(
+        topic, partition, -1 if offset is None else offset, message.timestamp()[1] * 1000
+    )

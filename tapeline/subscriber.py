@@ -254,10 +254,7 @@ class FeatureSubscriber:
         return (
             self._closing.is_set()
             or (self._limit is not None and self._num_features >= self._limit)
-            or (
-                idle_timeout_s is not None
-                and time.monotonic() - waiting_since_s >= idle_timeout_s
-            )
+            or (idle_timeout_s is not None and time.monotonic() - waiting_since_s >= idle_timeout_s)
         )
 
     def _take(self) -> FeatureRecord | None:

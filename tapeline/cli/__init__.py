@@ -6,6 +6,7 @@ that ``tapeline --help`` is quick.
 """
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -42,11 +43,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _family, _commands in (
-    ("The local stack", [stack.up, stack.down, stack.status, stack.doctor, stack.topics]),
-    ("The tape", [tape.produce, tape.simulate, features.subscribe]),
-    ("The stream", [lag.lag]),
-):
+_FAMILIES: dict[str, list[Callable[..., None]]] = {
+    "The local stack": [stack.up, stack.down, stack.status, stack.doctor, stack.topics],
+    "The tape": [tape.produce, tape.simulate, features.subscribe],
+    "The stream": [lag.lag],
+}
+for _family, _commands in _FAMILIES.items():
     for _command in _commands:
         app.command(rich_help_panel=_family)(_command)
 

@@ -77,10 +77,12 @@ def doctor(ctx: typer.Context, json: JsonOption = False) -> None:
 
 def topics(
     ctx: typer.Context,
-    create: Annotated[bool, typer.Option("--create", help="Create those that are missing.")] = False,
+    create: Annotated[
+        bool, typer.Option("--create", help="Create those that are missing.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show the lanes' topics; exit 1 if one is missing or has other partitions than the settings."""
+    """Show the lanes' topics; exit 1 if one is missing or its partitions are not as set."""
     from tapeline.clients import check_kafka
     from tapeline.topics import ensure_topics, topic_statuses
 

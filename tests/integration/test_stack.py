@@ -50,6 +50,15 @@ def own_stack(state_dir: Path) -> Iterator[Stack]:
         stack.down(purge=True)
 
 
+@pytest.fixture
+def lone_stack(tmp_path: Path) -> Iterator[Stack]:
+    """One test's own, not started; whatever the test leaves running ends here."""
+    stack = Stack.on_free_ports(load_settings(state_dir=tmp_path / "state"))
+    yield stack
+    if (tmp_path / "state").exists():
+        stack.down()
+
+
 def by_name(statuses: list[ServiceStatus]) -> dict[str, ServiceStatus]:
     return {status.name: status for status in statuses}
 
@@ -222,7 +231,11 @@ def test_a_taken_port_is_named_with_its_holder_and_nothing_starts(
     [("java", "openjdk-17-jre-headless"), ("redis-server", "redis-server"), ("mvn", "maven")],
 )
 def test_a_missing_program_is_named_with_its_package(
-    program: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: str,
+    package: str,
+    lone_stack: Stack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A PATH that holds every program but the one."""
     programs = tmp_path / "bin"
@@ -232,11 +245,10 @@ def test_a_missing_program_is_named_with_its_package(
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    stack = Stack.on_free_ports(load_settings(state_dir=tmp_path / "state"))
     name: services.ServiceName = "redis" if program == "redis-server" else "kafka"
     with pytest.raises(ConfigError, match=f"{program} is missing.*apt-get install {package}`"):
-        stack.start(name)
-    (finding,) = [found for found in diagnose(stack.settings) if found.name == program]
+        lone_stack.start(name)
+    (finding,) = [found for found in diagnose(lone_stack.settings) if found.name == program]
     assert not finding.ok
     assert finding.mend == f"apt-get install {package}"
 
@@ -255,23 +267,22 @@ def test_a_server_that_dies_at_start_says_why(
     assert not list(tmp_path.glob("*/process.json"))
 
 
-def test_down_ends_the_processes_and_frees_the_ports(tmp_path: Path) -> None:
+def test_down_ends_the_processes_and_frees_the_ports(lone_stack: Stack, tmp_path: Path) -> None:
     """Redis alone: the broker's end is `test_z_down_leaves_nothing_but_files`."""
-    stack = Stack.on_free_ports(load_settings(state_dir=tmp_path))
-    status = stack.start("redis")
+    status = lone_stack.start("redis")
     assert status.pid
     assert psutil.Process(status.pid).terminal() is None
     assert os.getsid(status.pid) == status.pid, "a session of its own: no Ctrl-C of ours"
     port = int(status.endpoint.rsplit(":", 1)[1].split("/")[0])
     assert not is_port_free(port)
-    ended = by_name(stack.down())
+    ended = by_name(lone_stack.down())
     assert ended["redis"].detail == "ended"
     assert ended["kafka"].detail == "was not running"
     assert not psutil.pid_exists(status.pid)
     assert is_port_free(port)
-    assert (tmp_path / "redis" / "appendonly").is_dir(), "its files stay"
-    assert {status.detail for status in stack.down(purge=True)} == {"was not running"}
-    assert not tmp_path.exists(), "purge takes them"
+    assert (tmp_path / "state" / "redis" / "appendonly").is_dir(), "its files stay"
+    assert {status.detail for status in lone_stack.down(purge=True)} == {"was not running"}
+    assert not (tmp_path / "state").exists(), "purge takes them"
 
 
 def test_down_ends_no_stranger_that_got_the_pid(tmp_path: Path) -> None:
@@ -311,12 +322,12 @@ def test_a_process_that_ignores_term_is_killed(tmp_path: Path) -> None:
     assert not psutil.pid_exists(process.pid)
 
 
-def test_two_commands_at_once_are_refused(tmp_path: Path) -> None:
-    stack = Stack.on_free_ports(load_settings(state_dir=tmp_path))
-    with (tmp_path / "lock").open("w") as lock:
+def test_two_commands_at_once_are_refused(lone_stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with (tmp_path / "state" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another `tapeline up` or `down` works on"):
-            stack.up()
+            lone_stack.up()
 
 
 def test_without_redis_the_stack_is_kafka_alone(tmp_path: Path) -> None:

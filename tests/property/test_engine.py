@@ -60,10 +60,11 @@ def bits_alone(config: ModelConfig, num_threads: int, max_batch: int = MAX_BATCH
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("config", [DEFAULT, TINY], ids=["default", "tiny"])
-def test_the_usual_sizes_keep_every_bucket(config: ModelConfig, num_threads: int) -> None:
+def test_the_usual_sizes_are_row_invariant(config: ModelConfig, num_threads: int) -> None:
+    """Which buckets that costs is the processor's affair: an AMD EPYC keeps 4, a Xeon does not."""
     statistics = engine_of(config, num_threads).statistics()
     assert statistics.row_invariant
-    assert [bucket.num_rows for bucket in statistics.buckets] == [4, 8, 16, 32]
+    assert {bucket.num_rows for bucket in statistics.buckets} <= {4, 8, 16, 32}
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -158,26 +159,26 @@ def test_other_shapes_and_dtypes_are_refused(windows: Any, text: str) -> None:
 
 
 def skewed(skew: Callable[[int], torch.Tensor | float]) -> Callable[..., Any]:
-    """A forward pass that is off by ``skew(batch size)``, below the tolerance: a rounding fault."""
-    forward = CnnLstm.forward
+    """A forward pass exact on every processor, but off by ``skew(batch size)``: a rounding fault."""
 
-    def off(self: CnnLstm, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features, scores = forward(self, windows)
-        return features + skew(len(windows)), scores
+    def forward(self: CnnLstm, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = windows.flatten(1)[:, : self.config.num_features].clamp(-1, 1)
+        return features + skew(len(windows)), features[:, :0]
 
-    return off
+    return forward
 
 
 @pytest.mark.parametrize(
     ("skew", "row_invariant", "buckets"),
     [
+        (lambda size: 0.0, True, [4, 8, 16, 32]),
         (lambda size: 1e-6 * (size == 8), True, [4, 16, 32]),
         (lambda size: 1e-6 * (size == 4), True, [8, 16, 32]),
         (lambda size: 1e-6 * (size >= 16), True, [4, 8]),
         (lambda size: 1e-7 * size, True, [4]),
         (lambda size: 1e-6 * (torch.arange(size) == size - 1)[:, None], False, [4, 8, 16, 32]),
     ],
-    ids=["one", "smallest", "half", "each", "position"],
+    ids=["none", "one", "smallest", "half", "each", "position"],
 )
 def test_buckets_that_round_otherwise_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
@@ -185,17 +186,18 @@ def test_buckets_that_round_otherwise_are_dropped(
     row_invariant: bool,
     buckets: list[int],
 ) -> None:
-    artifact = seeded_artifact(config=TINY)
     monkeypatch.setattr(CnnLstm, "forward", skewed(skew))
+    artifact = seeded_artifact(config=TINY)
     statistics = Engine(artifact, device="cpu", max_batch=32).statistics()
     assert statistics.row_invariant is row_invariant
     assert [bucket.num_rows for bucket in statistics.buckets] == buckets
 
 
 def test_a_device_that_computes_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CnnLstm, "forward", skewed(lambda size: 0.0))
     artifact = seeded_artifact(config=TINY)
-    monkeypatch.setattr(CnnLstm, "forward", skewed(lambda size: 1e-3))
-    with pytest.raises(ConfigError, match=r"off its reference outputs by 0\.001"):
+    monkeypatch.setattr(CnnLstm, "forward", skewed(lambda size: 2e-3))
+    with pytest.raises(ConfigError, match=r"off its reference outputs by 0\.002"):
         Engine(artifact, device="cpu", max_batch=4)
 
 

@@ -1,0 +1,109 @@
+"""``tapeline worker``, ``run`` and ``demo``: the processor itself."""
+
+import signal
+import threading
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tapeline.cli.terminal import JsonOption, err, print_json, print_table, settings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from consumers.metrics import LaneCounts
+
+_REFRESH_S = 1.0
+
+
+def worker(ctx: typer.Context, json: JsonOption = False) -> None:
+    """Run one worker, with the model, in this process; SIGTERM or Ctrl-C ends it in order.
+
+    No Ray: for a laptop, a debugger, or a process manager of your own. Prints what became of every
+    record when it ends.
+    """
+    import asyncio
+
+    from tapeline.app import check_surroundings, run_worker, total_counts
+    from tapeline.logs import configure_logging
+
+    settings = settings_of(ctx)
+    configure_logging()
+    check_surroundings(settings)
+    statistics = asyncio.run(
+        run_worker(settings, on_started=lambda: typer.echo("worker started", err=True))
+    )
+    _show_counts(total_counts([statistics]), json)
+
+
+def run(ctx: typer.Context, json: JsonOption = False) -> None:
+    """Deploy workers and model on Ray Serve, and stay; SIGTERM or Ctrl-C ends them in order.
+
+    Joins the cluster of `serve.address` or $RAY_ADDRESS, or starts Ray on this machine. Prints
+    what became of every record when it ends.
+    """
+    from tapeline.app import ServeApplication, check_surroundings, ray_session, total_counts
+
+    settings = settings_of(ctx)
+    check_surroundings(settings)
+    with err().status("starting Ray") as spinner, ray_session(settings) as address:
+        ended = _ended_by_signal()
+        spinner.update("deploying workers and model")
+        application = ServeApplication(settings)
+        application.deploy()
+        err().print(f"running on Ray at {address}; Ctrl-C ends it")
+        while not ended.wait(_REFRESH_S):
+            if err().is_terminal:
+                counts = total_counts(application.statistics())
+                spinner.update(
+                    f"{sum(lane.records for lane in counts.values()):,} events in, "
+                    f"{sum(lane.features for lane in counts.values()):,} features out"
+                )
+        spinner.update("finishing what is in flight")
+        counts = total_counts(application.drain())
+        application.delete()
+    _show_counts(counts, json)
+
+
+def demo(
+    seconds: Annotated[float, typer.Option(help="How long events come.", min=1, max=60)] = 20,
+    rate: Annotated[float, typer.Option(help="Events per second.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of the simulated market.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Show the whole processor on this machine alone: no Kafka, Redis, Java or GPU needed.
+
+    Exit 1 if a single event is not accounted for.
+    """
+    from tapeline.demo import run_demo
+
+    report = run_demo(seconds=seconds, rate_hz=rate, seed=seed, console=err())
+    if json:
+        print_json(report)
+    else:
+        report.print()
+    if not report.is_complete:
+        raise typer.Exit(1)
+
+
+def _ended_by_signal() -> threading.Event:
+    """Set by SIGTERM and SIGINT from now on; Ray's own handlers would end us in the middle."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
+
+
+def _show_counts(counts: "Mapping[str, LaneCounts]", json: bool) -> None:
+    if json:
+        print_json(counts)
+        return
+    from consumers.metrics import LaneCounts
+
+    names = [field.name for field in fields(LaneCounts)]
+    print_table(
+        ("lane", *(name.replace("_", " ") for name in names)),
+        [(lane, *(getattr(count, name) for name in names)) for lane, count in counts.items()],
+        title="what became of every record",
+    )
