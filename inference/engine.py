@@ -198,7 +198,10 @@ class Engine:
 
     @torch.inference_mode()
     def _run_bucket(self, bucket: int, windows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Runs up to ``bucket`` rows, padded with zeros. The only place that runs the model."""
+        """Runs up to ``bucket`` rows, padded with zeros. The only place that runs the model.
+
+        Zeros, so that nothing of an earlier call is left even where rows depend on each other.
+        """
         torch.set_num_threads(self._num_threads)  # OpenMP counts per calling thread
         if bucket not in self._staging:
             config = self._artifact.config

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from schemas.errors import ConfigError, TapelineError
-from tapeline.cli import features, lag, stack, tape
+from tapeline.cli import features, lag, stack, stream, tape
 from tapeline.cli.terminal import GlobalOptions
 
 
@@ -46,7 +46,7 @@ app = typer.Typer(
 _FAMILIES: dict[str, list[Callable[..., None]]] = {
     "The local stack": [stack.up, stack.down, stack.status, stack.doctor, stack.topics],
     "The tape": [tape.produce, tape.simulate, features.subscribe],
-    "The stream": [lag.lag],
+    "The stream": [stream.demo, stream.run, stream.worker, lag.lag],
 }
 for _family, _commands in _FAMILIES.items():
     for _command in _commands:

@@ -1,0 +1,5 @@
+"""``python -m tapeline``."""
+
+from tapeline.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""A worker against the real broker, as tests drive it, and what came out of it."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from waiting import wait_until
+
+from consumers.dedup import open_first_seen
+from consumers.metrics import LaneCounts, WorkerStatistics
+from consumers.worker import Worker
+from inference.client import LocalInferencer
+from inference.engine import Engine
+from schemas.messages import MarketEvent
+from schemas.settings import Settings
+from tapeline.producer import MarketEventProducer
+from tapeline.subscriber import FeatureRecord, FeatureSubscriber
+from tapeline.topics import ensure_topics
+
+LONG_S = 60.0
+
+
+class RunningWorker:
+    """A worker on an event loop in a thread of its own."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._worker: Worker | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        wait_until(lambda: self._worker or self._error, LONG_S, "the worker to be built")
+
+    async def _run(self) -> None:
+        inferencer = LocalInferencer(self._engine.infer, self._engine.describe())
+        try:
+            first_seen = await open_first_seen(self._settings.redis)
+            self._loop = asyncio.get_running_loop()
+            registry = CollectorRegistry()
+            self._worker = Worker(self._settings, inferencer, first_seen, registry=registry)
+            await self._worker.run()
+            await first_seen.close()
+        except BaseException as error:
+            self._error = error
+        finally:
+            await inferencer.close()
+
+    def statistics(self) -> WorkerStatistics:
+        assert self._worker is not None
+        return self._worker.statistics()
+
+    def wait_until_ended(self, lane: str, num_records: int) -> LaneCounts:
+        """The lane's counts, once so many records have their end."""
+
+        def ended() -> LaneCounts | None:
+            if self._error:
+                raise self._error
+            counts = self.statistics().lanes[lane]
+            return counts if counts.records >= num_records and not counts.in_flight else None
+
+        return wait_until(ended, LONG_S, f"{num_records} records of lane {lane}")
+
+    def stop(self) -> WorkerStatistics:
+        """Stops it in order; raises what it ended with."""
+        assert self._worker is not None
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._worker.stop)
+        self._thread.join(LONG_S)
+        assert not self._thread.is_alive()
+        if self._error:
+            raise self._error
+        return self._worker.statistics()
+
+
+@contextmanager
+def running_worker(settings: Settings, engine: Engine) -> Iterator[RunningWorker]:
+    ensure_topics(settings)
+    worker = RunningWorker(settings, engine)
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+@contextmanager
+def worker_process(settings: Settings, artifact: Path, log: Path) -> Iterator[subprocess.Popen]:
+    """``tapeline worker`` with these settings; whatever is left of it is killed at the end."""
+    sections = settings.model_dump(mode="json")
+    sections["model"]["artifact"] = str(artifact)
+    environment = {
+        f"TAPELINE_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
+        for name, value in sections.items()
+    }
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tapeline", "worker"],
+            env=os.environ | environment,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait(LONG_S)
+
+
+def produce(settings: Settings, events: Iterable[MarketEvent], lane: str) -> int:
+    """Produces and flushes; returns how many."""
+    with MarketEventProducer(settings) as producer:
+        for event in events:
+            producer.produce(event, lane=lane)
+        producer.flush()
+        return producer.statistics().num_acknowledged
+
+
+def features(
+    settings: Settings, limit: int | None = None, idle_timeout_s: float = 3
+) -> list[FeatureRecord]:
+    """Everything on the output topics: ``limit`` of it, or until nothing comes any more."""
+    with FeatureSubscriber(
+        settings, start="earliest", limit=limit, idle_timeout_s=idle_timeout_s
+    ) as subscriber:
+        return list(subscriber.records())
+
+
+def assert_once_and_in_order(records: Iterable[FeatureRecord]) -> None:
+    """No event twice; per lane, venue and symbol in the order of the source's offsets."""
+    ids = Counter(record.feature.event_id for record in records)
+    assert not [event_id for event_id, times in ids.items() if times > 1]
+    newest: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        feature = record.feature
+        key = (feature.lane, feature.venue, feature.symbol)
+        assert feature.source_offset > newest.get(key, -1), key
+        newest[key] = feature.source_offset
