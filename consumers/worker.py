@@ -20,6 +20,7 @@ from prometheus_client.registry import REGISTRY, CollectorRegistry
 
 from consumers.channels import channel_set
 from consumers.dedup import FirstSeen
+from consumers.envelopes import Envelopes
 from consumers.metrics import LaneCounts, WorkerCollector, WorkerStatistics, latency_histogram
 from consumers.offsets import PartitionProgress, Span
 from consumers.poller import LanePoller
@@ -31,11 +32,8 @@ from consumers.windows import WindowStore
 from inference.client import Inference, Inferencer, ModelDescription
 from schemas.codec import Codec
 from schemas.errors import ConfigError, PoisonRecord
-from schemas.messages import DeadLetter, FeatureVector, Flags, MarketEvent
-from schemas.settings import Settings
-
-SOURCE_APPENDED_HEADER = "source-appended-us"
-TRACE_HEADER = "traceparent"
+from schemas.messages import Flags, MarketEvent
+from schemas.settings import LaneSettings, Settings
 
 _log = structlog.get_logger(__name__)
 
@@ -122,7 +120,9 @@ class Worker:
             ConfigError: the model and the settings do not fit each other, or a topic is missing.
             TransientError: something stayed away for longer than ``retry_deadline_s``.
         """
-        self._model = await self._describe_model()
+        self._model = model = await self._describe_model()
+        channels_version = self._windows.channels.version
+        self._envelopes = Envelopes(self._codec, channels_version, model.score_names)
         self._publisher = Publisher(self._settings)
         loop = asyncio.get_running_loop()
         pollers = [LanePoller(lane, self._settings, self, loop) for lane in self._lanes.values()]
@@ -307,76 +307,25 @@ class Worker:
         )
 
     def _messages(self, batch: MicroBatch, inference: Inference | None) -> list[Outgoing]:
-        """Features and dead letters; none for a partition that was taken away meanwhile."""
+        """Features and dead letters; no feature for a partition that was taken away meanwhile."""
+        now_us = int(self._clock() * 1e6)
         messages = []
-        if inference is not None:
-            now_us = int(self._clock() * 1e6)
-            for index, item in enumerate(batch.items):
-                if item.progress.closed:
-                    self._counts[item.record.lane].abandoned += 1
-                    continue
-                messages.append(self._feature(item, batch.flags[index], inference, index, now_us))
+        for row, item in enumerate(batch.items):
+            assert inference is not None
+            lane = self._lanes[item.record.lane]
+            if item.progress.closed:
+                self._counts[lane.name].abandoned += 1
+                continue
+            flags = Flags(int(batch.flags[row]))
+            if _is_stale(lane, item.record, now_us):
+                flags |= Flags.STALE
+            messages.append(
+                self._envelopes.feature(lane, item.record, item.event, inference, row, flags)
+            )
         for record, poison in batch.letters:
-            messages.append(self._dead_letter(record, poison))
+            lane = self._lanes[record.lane]
+            messages.append(self._envelopes.dead_letter(lane, record, poison, now_us))
         return messages
-
-    def _feature(
-        self, item: Item, flags: np.uint8, inference: Inference, index: int, now_us: int
-    ) -> Outgoing:
-        record, _, event = item
-        lane = self._lanes[record.lane]
-        assert self._model is not None
-        late = now_us - record.appended_us > lane.deadline_ms * 1000
-        stale = lane.expired == "stale" and late
-        feature = FeatureVector(
-            event_id=event.event_id,
-            symbol=event.symbol,
-            venue=event.venue,
-            event_time_us=event.event_time_us,
-            lane=record.lane,
-            model_version=inference.model_version,
-            channels_version=self._windows.channels.version,
-            source_topic=record.partition[0],
-            source_partition=record.partition[1],
-            source_offset=record.offset,
-            features=inference.features[index],
-            scores=dict(
-                zip(self._model.score_names, inference.scores[index].tolist(), strict=True)
-            ),
-            flags=Flags(int(flags)) | (Flags.STALE if stale else Flags(0)),
-        )
-        value, headers = self._codec.encode_feature(feature)
-        appended = (SOURCE_APPENDED_HEADER, str(record.appended_us).encode())
-        traces = [one for one in record.headers if one[0] == TRACE_HEADER]
-        key = event.symbol.encode()
-        return Outgoing(lane.output_topic, key, value, [*headers, appended, *traces])
-
-    def _dead_letter(self, record: Record, poison: PoisonRecord) -> Outgoing:
-        topic, number = record.partition
-        letter = DeadLetter(
-            key=record.key,
-            value=record.value,
-            headers=record.headers,
-            source_topic=topic,
-            source_partition=number,
-            source_offset=record.offset,
-            lane=record.lane,
-            stage=poison.stage,
-            reason=poison.reason,
-            error_class=type(poison).__name__,
-            message=str(poison),
-            attempts=1,
-            failed_at_us=int(self._clock() * 1e6),
-        )
-        value, headers = self._codec.encode_dead_letter(letter)
-        why = [
-            ("dlq-stage", poison.stage),
-            ("dlq-reason", poison.reason),
-            ("dlq-message", str(poison)),
-            ("dlq-source", record.source),
-        ]
-        named = [(name, text.encode()) for name, text in why]
-        return Outgoing(self._lanes[record.lane].dlq_topic, record.key, value, [*headers, *named])
 
     def _count_finished(self, batch: MicroBatch) -> None:
         now_us = int(self._clock() * 1e6)
@@ -385,9 +334,9 @@ class Worker:
                 continue
             lane = self._lanes[item.record.lane]
             counts = self._counts[lane.name]
-            elapsed_us = now_us - item.record.appended_us
             counts.features += 1
-            counts.stale += lane.expired == "stale" and elapsed_us > lane.deadline_ms * 1000
+            counts.stale += _is_stale(lane, item.record, now_us)
+            elapsed_us = now_us - item.record.appended_us
             self._latency.labels(lane.name).observe(elapsed_us / 1e6)
         for record, poison in batch.letters:
             self._counts[record.lane].dead_letters += 1
@@ -461,6 +410,10 @@ class Worker:
                     f"model {model.model_version} needs the {what} {needs}, the settings say {has}"
                 )
         return model
+
+
+def _is_stale(lane: LaneSettings, record: Record, now_us: int) -> bool:
+    return lane.expired == "stale" and now_us - record.appended_us > lane.deadline_ms * 1000
 
 
 def _is_sampled(event: MarketEvent, stride: int) -> bool:

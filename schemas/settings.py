@@ -5,6 +5,7 @@ refused with a suggestion, and so are values that contradict each other.
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -270,6 +271,15 @@ def load_settings(config_file: Path | None = None, **overrides: Any) -> Settings
         raise ConfigError(f"settings: {key}: {text}" if key else f"settings: {text}") from error
     finally:
         _toml_file.reset(token)
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The variables that give a child process exactly these settings."""
+    sections = settings.model_dump(mode="json")
+    return {
+        f"{ENV_PREFIX}{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
+        for name, value in sections.items()
+    }
 
 
 def _config_file(given: Path | None) -> Path | None:

@@ -18,6 +18,7 @@ from schemas.settings import Settings, load_settings
 
 CHECK_TIMEOUT_S = 5.0
 _CHECK_STEP_S = 0.5
+_RETRY_PAUSE_S = 0.05
 
 LOGGER = logging.getLogger("librdkafka")
 LOGGER.addHandler(logging.NullHandler())  # or Python prints warnings to stderr for want of one
@@ -111,24 +112,27 @@ def list_offsets(
 ) -> dict[tuple[str, int], int]:
     """The first offset of each partition, or the one after its last committed record.
 
-    Blocks for at most kafka.timeout_s. Raises TransientError.
+    Retries until kafka.timeout_s is over. Raises TransientError then.
     """
     spec = (OffsetSpec.latest if latest else OffsetSpec.earliest)()  # type: ignore[no-untyped-call]
+    wanted = dict.fromkeys(partitions, spec)
     timeout_s = settings.kafka.timeout_s
-    answers = admin.list_offsets(
-        dict.fromkeys(partitions, spec),
-        isolation_level=IsolationLevel.READ_COMMITTED,
-        request_timeout=timeout_s,
-    )
-    try:
-        return {
-            (one.topic, one.partition): answer.result(timeout_s + 1).offset
-            for one, answer in answers.items()
-        }
-    except KafkaException as error:
-        raise TransientError(f"the broker does not list offsets: {error.args[0].str()}") from error
-    except FutureTimeoutError as error:
-        raise TransientError(f"the broker did not list offsets in {timeout_s:g} s") from error
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        answers = admin.list_offsets(
+            wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=timeout_s
+        )
+        try:
+            return {
+                (one.topic, one.partition): answer.result(timeout_s + 1).offset
+                for one, answer in answers.items()
+            }
+        except (KafkaException, FutureTimeoutError) as error:
+            # A topic that was just made, or a leader that moves, answers a moment later.
+            if time.monotonic() >= deadline_s:
+                reason = error.args[0].str() if error.args else f"no answer in {timeout_s:g} s"
+                raise TransientError(f"the broker does not list offsets: {reason}") from error
+        time.sleep(_RETRY_PAUSE_S)
 
 
 def missing_topic(*topics: str, settings: Settings) -> ConfigError:

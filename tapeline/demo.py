@@ -106,13 +106,14 @@ def run_demo(*, seconds: float, rate_hz: float, seed: int, console: Console) -> 
         with console.status("starting Ray and loading the model"):
             session = ray_session(settings, log_to_driver=False)
             session.__enter__()
+        application = ServeApplication(settings)
         try:
-            application = ServeApplication(settings)
             with console.status("deploying worker and model"):
                 application.deploy()
             return _Tape(settings, application).play(seconds, rate_hz, seed, console)
         finally:
             with console.status("taking everything down"):
+                application.delete()
                 session.__exit__(None, None, None)
 
 

@@ -1,7 +1,6 @@
 """A worker against the real broker, as tests drive it, and what came out of it."""
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from consumers.worker import Worker
 from inference.client import LocalInferencer
 from inference.engine import Engine
 from schemas.messages import MarketEvent
-from schemas.settings import Settings
+from schemas.settings import Settings, as_environment
 from tapeline.producer import MarketEventProducer
 from tapeline.subscriber import FeatureRecord, FeatureSubscriber
 from tapeline.topics import ensure_topics
@@ -95,12 +94,8 @@ def running_worker(settings: Settings, engine: Engine) -> Iterator[RunningWorker
 @contextmanager
 def worker_process(settings: Settings, artifact: Path, log: Path) -> Iterator[subprocess.Popen]:
     """``tapeline worker`` with these settings; whatever is left of it is killed at the end."""
-    sections = settings.model_dump(mode="json")
-    sections["model"]["artifact"] = str(artifact)
-    environment = {
-        f"TAPELINE_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
-        for name, value in sections.items()
-    }
+    model = settings.model.model_copy(update={"artifact": artifact})
+    environment = as_environment(settings.model_copy(update={"model": model}))
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tapeline", "worker"],

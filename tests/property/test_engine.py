@@ -159,7 +159,7 @@ def test_other_shapes_and_dtypes_are_refused(windows: Any, text: str) -> None:
 
 
 def skewed(skew: Callable[[int], torch.Tensor | float]) -> Callable[..., Any]:
-    """A forward pass exact on every processor, but off by ``skew(batch size)``: a rounding fault."""
+    """A forward pass exact on every processor, but off by ``skew(batch size)``: a fault."""
 
     def forward(self: CnnLstm, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = windows.flatten(1)[:, : self.config.num_features].clamp(-1, 1)

@@ -25,7 +25,13 @@ SMALL = ModelConfig(
     num_features=8,
     score_names=("up",),
 )
-FILES = {"README.md", "config.json", "manifest.json", "reference.safetensors", "weights.safetensors"}
+FILES = {
+    "README.md",
+    "config.json",
+    "manifest.json",
+    "reference.safetensors",
+    "weights.safetensors",
+}
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_score_s_bits_do_not_depend_on_its_place(num_scores: int) -> None:
     logits = torch.from_numpy(noise)
     together = model._activate(logits)
     for size in (1, 3, 4, 33):
-        apart = torch.cat([model._activate(part) for part in logits.split(size)])
+        apart = torch.cat([model._activate(part) for part in torch.split(logits, size)])
         assert torch.equal(apart, together)
 
 

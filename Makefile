@@ -1,0 +1,42 @@
+# Every target sets up what it needs. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench up down setup parts lock
+
+demo: setup  ## the whole processor on this machine, no Kafka, Redis, Java or GPU
+	$(BIN)/tapeline demo
+
+test: check parts  ## everything, against real Kafka, Redis and Ray
+	$(BIN)/pytest
+
+check: setup  ## style, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup parts  ## the figures in README
+	$(BIN)/python -m benchmarks.pipeline
+
+up: setup parts  ## a local Kafka and Redis with the lanes' topics
+	$(BIN)/tapeline up
+
+down: setup
+	$(BIN)/tapeline down
+
+parts:  ## Java, Maven and redis-server: installed by apt where that is allowed, named where not
+	@ops/parts.sh
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m uv pip install --quiet --no-deps --editable .
+	touch .venv/ready
+
+lock:  ## after a change of dependencies in pyproject.toml
+	$(BIN)/python -m uv pip compile --quiet --universal --extra dev --generate-hashes \
+		pyproject.toml --output-file requirements.lock

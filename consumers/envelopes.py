@@ -1,0 +1,93 @@
+"""What a worker sends: features and dead letters as Kafka messages, headers included."""
+
+from consumers.publisher import Outgoing
+from consumers.records import Record
+from inference.client import Inference
+from schemas.codec import Codec
+from schemas.errors import PoisonRecord
+from schemas.messages import DeadLetter, FeatureVector, Flags, MarketEvent
+from schemas.settings import LaneSettings
+
+SOURCE_APPENDED_HEADER = "source-appended-us"
+TRACE_HEADER = "traceparent"
+
+
+class Envelopes:
+    """Makes the messages of one worker.
+
+    Args:
+        channels_version: of the windows that the features come from.
+        score_names: of the model's scores, in their order.
+    """
+
+    def __init__(self, codec: Codec, channels_version: str, score_names: tuple[str, ...]) -> None:
+        self._codec = codec
+        self._channels_version = channels_version
+        self._score_names = score_names
+
+    def feature(
+        self,
+        lane: LaneSettings,
+        record: Record,
+        event: MarketEvent,
+        inference: Inference,
+        row: int,
+        flags: Flags,
+    ) -> Outgoing:
+        """The feature of one event: row ``row`` of ``inference``. Keyed by symbol.
+
+        Carries when its event was appended and, if there is one, the event's trace.
+        """
+        topic, number = record.partition
+        scores = zip(self._score_names, inference.scores[row].tolist(), strict=True)
+        feature = FeatureVector(
+            event_id=event.event_id,
+            symbol=event.symbol,
+            venue=event.venue,
+            event_time_us=event.event_time_us,
+            lane=lane.name,
+            model_version=inference.model_version,
+            channels_version=self._channels_version,
+            source_topic=topic,
+            source_partition=number,
+            source_offset=record.offset,
+            features=inference.features[row],
+            scores=dict(scores),
+            flags=flags,
+        )
+        value, headers = self._codec.encode_feature(feature)
+        appended = (SOURCE_APPENDED_HEADER, str(record.appended_us).encode())
+        traces = [one for one in record.headers if one[0] == TRACE_HEADER]
+        return Outgoing(
+            lane.output_topic, event.symbol.encode(), value, [*headers, appended, *traces]
+        )
+
+    def dead_letter(
+        self, lane: LaneSettings, record: Record, poison: PoisonRecord, failed_at_us: int
+    ) -> Outgoing:
+        """A poison record, untouched, with headers that say why without decoding anything."""
+        topic, number = record.partition
+        letter = DeadLetter(
+            key=record.key,
+            value=record.value,
+            headers=record.headers,
+            source_topic=topic,
+            source_partition=number,
+            source_offset=record.offset,
+            lane=lane.name,
+            stage=poison.stage,
+            reason=poison.reason,
+            error_class=type(poison).__name__,
+            message=str(poison),
+            attempts=1,
+            failed_at_us=failed_at_us,
+        )
+        value, headers = self._codec.encode_dead_letter(letter)
+        why = [
+            ("dlq-stage", poison.stage),
+            ("dlq-reason", poison.reason),
+            ("dlq-message", str(poison)),
+            ("dlq-source", record.source),
+        ]
+        named = [(name, text.encode()) for name, text in why]
+        return Outgoing(lane.dlq_topic, record.key, value, [*headers, *named])
