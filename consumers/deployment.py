@@ -1,6 +1,9 @@
 """The worker on Ray Serve: each replica is one worker, and they share a lane's partitions."""
 
+from __future__ import annotations
+
 import asyncio
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -21,7 +24,9 @@ class StreamWorker:
     A loop that ends by itself fails the health check, and Serve replaces the replica.
     """
 
-    async def __init__(self, settings: Settings, model: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, model: DeploymentHandle[Any]
+    ) -> None:
         self._first_seen = await open_first_seen(settings.redis)
         self._worker = Worker(settings, ServeInferencer(model), self._first_seen)
         self._running = asyncio.create_task(self._worker.run())

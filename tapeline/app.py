@@ -133,9 +133,9 @@ def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[s
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         yield ray.get_runtime_context().gcs_address
         if address == "local":
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def total_counts(workers: list[WorkerStatistics]) -> dict[str, LaneCounts]:

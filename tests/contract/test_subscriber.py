@@ -141,7 +141,7 @@ def test_aborted_transactions_are_never_seen(lane_settings: Settings) -> None:
 def test_isolation_cannot_be_switched_off(make_settings: MakeSettings) -> None:
     settings = make_settings(kafka={"client": {"isolation.level": "read_uncommitted"}})
     ensure_topics(settings)
-    with pytest.raises(ConfigError, match="isolation.level"):
+    with pytest.raises(ConfigError, match=r"isolation\.level"):
         subscribe(settings).open()
 
 

@@ -106,7 +106,7 @@ def test_features_equal_an_independent_recomputation(settings: Settings, name: s
     np.testing.assert_allclose(actual, outputs.numpy(), rtol=0, atol=1e-5)
 
 
-def test_duplicates_are_dropped_and_redeliveries_are_not(
+def test_duplicates_are_dropped_on_every_lane(
     settings: Settings, small_engine: Engine
 ) -> None:
     events = simulated(600)
@@ -114,8 +114,8 @@ def test_duplicates_are_dropped_and_redeliveries_are_not(
     with running_worker(settings, small_engine) as worker:
         produce(settings, events, "realtime")
         produce(settings, shuffled, "realtime")
-        produce(settings, shuffled, "batch")  # another lane, and still the same events
         in_realtime = worker.wait_until_ended("realtime", 700)
+        produce(settings, shuffled, "batch")  # another lane, and still the same events
         in_batch = worker.wait_until_ended("batch", 100)
         received = features(settings, in_realtime.features)
     assert (in_realtime.duplicates, in_batch.duplicates) == (100, 100)
