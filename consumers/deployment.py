@@ -10,6 +10,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from consumers.dedup import open_first_seen
+from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
 from inference.client import ServeInferencer
@@ -27,6 +28,7 @@ class StreamWorker:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, model: DeploymentHandle[Any]
     ) -> None:
+        configure_logging()
         self._first_seen = await open_first_seen(settings.redis)
         self._worker = Worker(settings, ServeInferencer(model), self._first_seen)
         self._running = asyncio.create_task(self._worker.run())

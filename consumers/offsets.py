@@ -19,7 +19,9 @@ def encode_metadata(point: CommitPoint) -> str:
 
 def decode_metadata(metadata: str | None, committed: int) -> int:
     """The replay offset in a commit's metadata; the committed offset itself if it has none."""
-    text = (metadata or "").removeprefix(_METADATA_PREFIX)
+    if not metadata or not metadata.startswith(_METADATA_PREFIX):
+        return committed
+    text = metadata.removeprefix(_METADATA_PREFIX)
     return min(int(text), committed) if text.isdecimal() else committed
 
 

@@ -143,7 +143,7 @@ class Worker:
             raise _first(group) from group
         finally:
             await self._publisher.close(self._settings.worker.drain_timeout_s)
-            _log.info("worker_stopped", **{name: str(c) for name, c in self._counts.items()})
+            _log.info("worker_stopped")
 
     def stop(self) -> None:
         """Asks ``run`` to end; returns at once."""

@@ -143,7 +143,14 @@ class RegistryWire:
                     "decode", "unknown_schema", f"the Schema Registry knows no id {schema_id}"
                 ) from error
             raise TransientError(f"the Schema Registry answered {error}") from error
-        return _parse(json.loads(text or "null"))
+        except Exception as error:  # the client lets its HTTP library's own errors through
+            raise TransientError(f"the Schema Registry does not answer: {error}") from error
+        try:
+            return _parse(json.loads(text or "null"))
+        except Exception as error:  # a JSON or Protobuf schema: not ours, and not to be read
+            raise PoisonRecord(
+                "decode", "unknown_schema", f"schema id {schema_id} is no Avro schema: {error!r}"
+            ) from error
 
 
 class Codec:
@@ -223,6 +230,8 @@ class Codec:
 
     def decode_feature(self, value: bytes | None, headers: Headers) -> FeatureVector:
         record = self._decode("feature_vector", value, headers)
+        if len(record["features"]) % 4:
+            raise PoisonRecord("decode", "bad_avro", "features must be little-endian float32")
         record["features"] = np.frombuffer(record["features"], "<f4")
         record["flags"] = Flags(record["flags"])
         return FeatureVector(**record)

@@ -194,6 +194,8 @@ def check_event(event: MarketEvent) -> None:
             raise InvalidEvent(
                 "bad_name", f"{name} must have 1 to {MAX_NAME_CHARS} characters, not {len(text)}"
             )
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise InvalidEvent("bad_name", f"{name} holds half a surrogate pair: {text!a}")
     if not 0 < event.event_time_us <= MAX_LONG:
         raise InvalidEvent("bad_time", f"event_time_us must be positive, not {event.event_time_us}")
     if event.sequence is not None and not 0 <= event.sequence <= MAX_LONG:

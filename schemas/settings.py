@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +18,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -39,21 +40,28 @@ class _Section(BaseModel):
 class KafkaSettings(_Section):
     """Where the broker is and how topics are made."""
 
-    bootstrap_servers: str = Field("127.0.0.1:9092", min_length=1)
+    bootstrap_servers: str = Field(
+        "127.0.0.1:9092", min_length=1, description="`host:port` of brokers, comma-separated."
+    )
     client: dict[str, str | int | float | bool] = Field(
         {}, description="Raw librdkafka settings, passed to every client (security, tuning)."
     )
-    num_partitions: int = Field(4, ge=1, le=10_000)
-    replication_factor: int = Field(1, ge=1, le=15)
+    num_partitions: int = Field(4, ge=1, le=10_000, description="Of each topic that is created.")
+    replication_factor: int = Field(1, ge=1, le=15, description="Of each topic that is created.")
     timeout_s: float = Field(10, gt=0, description="For metadata and other requests to the broker.")
 
 
 class RedisSettings(_Section):
     """The first-seen table. Without a URL, duplicates are known only to each worker."""
 
-    url: str | None = "redis://127.0.0.1:6379/0"
-    timeout_ms: float = Field(200, gt=0)
-    key_prefix: str = "tapeline:seen:"
+    url: str | None = Field(
+        "redis://127.0.0.1:6379/0",
+        description="`redis://host:port/db`; empty: duplicates are known to each worker alone.",
+    )
+    timeout_ms: float = Field(
+        200, gt=0, description="To connect and for an answer; then the local table answers alone."
+    )
+    key_prefix: str = Field("tapeline:seen:", description="In front of each event id.")
     ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered.")
     max_local_ids: int = Field(200_000, ge=1, description="Event ids kept in each worker's LRU.")
 
@@ -61,8 +69,12 @@ class RedisSettings(_Section):
 class SchemaRegistrySettings(_Section):
     """Confluent wire format with a URL; bare Avro and a fingerprint header without."""
 
-    url: str | None = None
-    client: dict[str, str | int | float | bool] = {}
+    url: str | None = Field(
+        None, description="Of the registry; none: bare Avro and a fingerprint header."
+    )
+    client: dict[str, str | int | float | bool] = Field(
+        {}, description="Raw settings of confluent-kafka's SchemaRegistryClient."
+    )
 
 
 class LaneSettings(_Section):
@@ -71,20 +83,26 @@ class LaneSettings(_Section):
     ``topic``, ``output_topic`` and ``group`` are named after the lane unless given.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Always its key in `lanes`."
+    )
     rank: int = Field(ge=1, description="1 goes first.")
     deadline_ms: float = Field(gt=0, description="From append to the lane's topic.")
     reserved_share: Fraction = Field(description="Of each micro-batch, when the lane wants it.")
-    expired: Literal["process", "stale"] = "process"
-    enabled: bool = True
-    topic: str = ""
-    output_topic: str = ""
-    group: str = ""
+    expired: Literal["process", "stale"] = Field(
+        "process", description="`stale`: features past the deadline are flagged; all are made."
+    )
+    enabled: bool = Field(True, description="false takes the lane away.")
+    topic: str = Field("", description="none: `market-events.<name>`; dead letters: + `.dlq`.")
+    output_topic: str = Field("", description="none: `features.<name>`.")
+    group: str = Field("", description="The workers' consumer group; none: `tapeline.<name>`.")
     stride: int = Field(1, ge=1, description="One feature in so many events, by hash of their ids.")
     min_interval_ms: float = Field(
         0, ge=0, description="At most one feature a symbol per so much event time."
     )
-    max_queued_records: int = Field(4096, ge=1)
+    max_queued_records: int = Field(
+        4096, ge=1, description="Waiting in a worker; then the lane is paused until half are left."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -115,8 +133,8 @@ DEFAULT_LANES: Mapping[str, Mapping[str, Any]] = {
 class WindowSettings(_Section):
     """How much of a symbol's past the model sees, and when that past is void."""
 
-    channel_set: str = "market50-v1"
-    num_steps: int = Field(60, ge=1, le=4096)
+    channel_set: str = Field("market50-v1", description="What a row holds: docs/channels.md.")
+    num_steps: int = Field(60, ge=1, le=4096, description="Rows in a window; the model's length.")
     max_gap_s: float = Field(
         300, gt=0, description="A longer silence of a symbol, in event time, empties its window."
     )
@@ -132,19 +150,25 @@ class WorkerSettings(_Section):
     max_batch: int = Field(256, ge=1, le=65_536, description="Records in a micro-batch.")
     max_in_flight: int = Field(2, ge=1, le=256, description="Micro-batches at the model at once.")
     max_message_bytes: int = Field(1_048_576, ge=1, description="A larger record is poison.")
-    commit_interval_ms: float = Field(200, gt=0)
+    commit_interval_ms: float = Field(200, gt=0, description="Between commits of each lane.")
     retry_deadline_s: float = Field(30, gt=0, description="For transient faults, then it stops.")
-    drain_timeout_s: float = Field(10, gt=0)
-    max_poll_interval_s: float = Field(300, gt=0)
+    drain_timeout_s: float = Field(
+        10, gt=0, description="To finish what is in flight when partitions or the worker leave."
+    )
+    max_poll_interval_s: float = Field(
+        300, gt=0, description="A worker stuck for so long loses its partitions."
+    )
 
 
 class ModelSettings(_Section):
     """Which model, and where it runs."""
 
     artifact: Path | None = Field(None, description="A model folder; none: seeded weights.")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`cpu` or `cuda`; `auto` takes a GPU if torch sees one."
+    )
     num_threads: int = Field(1, ge=1, description="Torch's, on a CPU.")
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: int = Field(1, ge=1, description="Of the model, on Ray Serve.")
     max_batch: int = Field(256, ge=1, description="The largest bucket.")
 
 
@@ -152,17 +176,19 @@ class ServeSettings(_Section):
     """The Ray side of ``tapeline run``."""
 
     address: str | None = Field(None, description="A Ray cluster to join; none: a local one.")
-    app_name: str = "tapeline"
-    num_workers: int = Field(1, ge=1)
-    worker_num_cpus: float = Field(0.5, ge=0)
-    model_num_cpus: float = Field(0.5, ge=0)
-    model_num_gpus: float = Field(0, ge=0)
+    app_name: str = Field("tapeline", description="The Serve application's name.")
+    num_workers: int = Field(1, ge=1, description="Worker replicas; they share the partitions.")
+    worker_num_cpus: float = Field(0.5, ge=0, description="Ray books so many for each worker.")
+    model_num_cpus: float = Field(0.5, ge=0, description="Ray books so many for each model.")
+    model_num_gpus: float = Field(
+        0, ge=0, description='The same; `model.device = "cuda"` needs more than 0.'
+    )
 
 
 class MetricsSettings(_Section):
     """Prometheus."""
 
-    port: int = Field(0, ge=0, le=65_535, description="0: no endpoint.")
+    port: int = Field(0, ge=0, le=65_535, description="Of `tapeline worker`; 0: no endpoint.")
 
 
 class Settings(BaseSettings):
@@ -185,7 +211,7 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     serve: ServeSettings = ServeSettings()
     metrics: MetricsSettings = MetricsSettings()
-    state_dir: Path = Field(Path(".tapeline"), description="What ``tapeline up`` keeps.")
+    state_dir: Path = Field(Path(".tapeline"), description="What `tapeline up` keeps.")
 
     @field_validator("lanes", mode="before")
     @classmethod
@@ -260,6 +286,7 @@ def load_settings(config_file: Path | None = None, **overrides: Any) -> Settings
     if path is not None:
         _check_keys(Settings, _read_toml(path), where=str(path))
     _check_environment()
+    _check_keys(Settings, overrides, where="settings")
 
     token = _toml_file.set(path)
     try:
@@ -269,6 +296,8 @@ def load_settings(config_file: Path | None = None, **overrides: Any) -> Settings
         key = ".".join(str(part) for part in first["loc"])
         text = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"settings: {key}: {text}" if key else f"settings: {text}") from error
+    except SettingsError as error:  # a whole section in one variable, and it is no JSON
+        raise ConfigError(f"settings: {error}; write a section as JSON") from error
     finally:
         _toml_file.reset(token)
 
@@ -322,10 +351,18 @@ def _check_environment() -> None:
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_FILE_ENV:
             continue
         path = variable.removeprefix(ENV_PREFIX).lower().split("__")
-        nested: Any = ""
+        nested = _json_or_text(os.environ[variable])
         for part in reversed(path):
             nested = {part: nested}
         _check_keys(Settings, nested, where=f"environment variable {variable}")
+
+
+def _json_or_text(text: str) -> Any:
+    """A variable may hold a whole section."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _subsection(section: type[BaseModel], key: str) -> type[BaseModel] | None:
@@ -341,8 +378,11 @@ def _suggestion(given: str, known: Mapping[str, Any] | list[str]) -> str:
 
 
 def iter_documented_settings() -> Iterator[tuple[str, Any, str]]:
-    """Yields (dotted key, default, description) of every setting, for the reference page."""
-    yield from _walk(Settings, "")
+    """Yields (dotted key, default, description) of every setting, for the reference page.
+
+    The default is ``...`` where one must be given; a lane's name is its key.
+    """
+    yield from (one for one in _walk(Settings, "") if one[0] != "lanes.<name>.name")
 
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any, str]]:
@@ -353,5 +393,48 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any, str
         elif (inner := _subsection(section, name)) is not None:
             yield from _walk(inner, f"{key}.")
         else:
-            default = "" if field.is_required() else field.default
+            default = ... if field.is_required() else field.default
             yield key, default, field.description or ""
+
+
+def reference_tables() -> str:
+    """Two Markdown tables: every setting, and the lanes that there are by default."""
+    settings = [
+        (f"`{key}`", _literal(default), meaning)
+        for key, default, meaning in iter_documented_settings()
+    ]
+    lane_keys = list(dict.fromkeys(key for lane in DEFAULT_LANES.values() for key in lane))
+    defaults = {name: LaneSettings(name=name, **lane) for name, lane in DEFAULT_LANES.items()}
+    lanes = [
+        (f"`{name}`", *(_literal(getattr(lane, key)) for key in lane_keys))
+        for name, lane in defaults.items()
+    ]
+    return "\n".join(
+        (
+            *_table(("key", "default", "meaning"), settings),
+            "",
+            *_table(("lane", *(f"`{key}`" for key in lane_keys)), lanes),
+        )
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for row in (header, ["---"] * len(header), *rows):
+        yield f"| {' | '.join(row)} |"
+
+
+def _literal(value: Any) -> str:
+    """A default as TOML has it; a word for what TOML cannot say."""
+    if value is ...:
+        return "required"
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str | Path):
+        return f'`"{value}"`'
+    return f"`{value:.10g}`" if isinstance(value, float) else f"`{value}`"
+
+
+if __name__ == "__main__":
+    print(reference_tables())

@@ -5,9 +5,9 @@ librdkafka's own log lines go to the logger ``librdkafka`` and nowhere else unle
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -32,6 +32,18 @@ _REFUSED = frozenset(
         KafkaError.UNSUPPORTED_SASL_MECHANISM,
     )
 )
+_PASSING = frozenset(
+    (
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.NOT_COORDINATOR,
+    )
+)
+
+T = TypeVar("T")
 
 
 def settings_or_load(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
@@ -112,26 +124,43 @@ def list_offsets(
 ) -> dict[tuple[str, int], int]:
     """The first offset of each partition, or the one after its last committed record.
 
-    Retries until kafka.timeout_s is over. Raises TransientError then.
+    Blocks for at most kafka.timeout_s. Raises TransientError.
     """
     spec = (OffsetSpec.latest if latest else OffsetSpec.earliest)()  # type: ignore[no-untyped-call]
     wanted = dict.fromkeys(partitions, spec)
     timeout_s = settings.kafka.timeout_s
-    deadline_s = time.monotonic() + timeout_s
-    while True:
+
+    def ask() -> dict[tuple[str, int], int]:
         answers = admin.list_offsets(
             wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=timeout_s
         )
+        return {
+            (one.topic, one.partition): answer.result(timeout_s + 1).offset
+            for one, answer in answers.items()
+        }
+
+    return ask_broker(ask, "where its topics end" if latest else "where its topics begin", settings)
+
+
+def ask_broker(ask: Callable[[], T], what: str, settings: Settings) -> T:
+    """What ``ask`` returns, asked again while a leader or coordinator is on its way.
+
+    A topic that was just made or a broker that just started needs such a moment. Raises
+    TransientError after kafka.timeout_s, and at once for an error that will stay.
+    """
+    deadline_s = time.monotonic() + settings.kafka.timeout_s
+    while True:
         try:
-            return {
-                (one.topic, one.partition): answer.result(timeout_s + 1).offset
-                for one, answer in answers.items()
-            }
-        except (KafkaException, FutureTimeoutError) as error:
-            # A topic that was just made, or a leader that moves, answers a moment later.
-            if time.monotonic() >= deadline_s:
-                reason = error.args[0].str() if error.args else f"no answer in {timeout_s:g} s"
-                raise TransientError(f"the broker does not list offsets: {reason}") from error
+            return ask()
+        except KafkaException as error:
+            reason = error.args[0]
+            if reason.code() not in _PASSING or time.monotonic() >= deadline_s:
+                raise TransientError(f"the broker does not say {what}: {reason.str()}") from error
+        except FutureTimeoutError as error:
+            raise TransientError(
+                f"the broker at {settings.kafka.bootstrap_servers} did not say {what} within "
+                f"{settings.kafka.timeout_s:g} s; look at its health or raise kafka.timeout_s"
+            ) from error
         time.sleep(_RETRY_PAUSE_S)
 
 

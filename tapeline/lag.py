@@ -1,16 +1,14 @@
 """How far the workers of each lane are behind, asked of the broker."""
 
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from consumers.offsets import decode_metadata
-from schemas.errors import ConfigError, TransientError
 from schemas.settings import LaneSettings, Settings
-from tapeline.clients import check_kafka, list_offsets, make_admin
+from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +70,20 @@ def _commits(
     """Partition to (committed offset, replay offset), where the lane's group has committed."""
     timeout_s = settings.kafka.timeout_s
     request = [ConsumerGroupTopicPartitions(lane.group)]
-    answers = admin.list_consumer_group_offsets(request, request_timeout=timeout_s)
-    try:
-        found = answers[lane.group].result(timeout_s + 1)
-    except FutureTimeoutError as error:
-        raise ConfigError(
-            f"the broker at {settings.kafka.bootstrap_servers} did not say in {timeout_s:g} s what "
-            f"group {lane.group} has committed; look at its health or raise kafka.timeout_s"
-        ) from error
-    except KafkaException as error:
-        if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-            return {}
-        raise TransientError(
-            f"no committed offsets of group {lane.group}: {error.args[0].str()}"
-        ) from error
+
+    def ask() -> Sequence[TopicPartition]:
+        answers = admin.list_consumer_group_offsets(request, request_timeout=timeout_s)
+        try:
+            found = answers[lane.group].result(timeout_s + 1)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return ()
+            raise
+        return found.topic_partitions or ()
+
+    committed = ask_broker(ask, f"what group {lane.group} has committed", settings)
     return {
         one.partition: (one.offset, decode_metadata(one.metadata, one.offset))
-        for one in found.topic_partitions or ()
+        for one in committed
         if one.topic == lane.topic and one.offset >= 0
     }

@@ -53,6 +53,14 @@ for _command in _COMMANDS:
     app.command()(_command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tapeline {version('tapeline')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global_options(
     ctx: typer.Context,
@@ -61,14 +69,12 @@ def _global_options(
         typer.Option(help="Settings, TOML; else $TAPELINE_CONFIG, else ./tapeline.toml."),
     ] = None,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and end.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and end.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"tapeline {installed('tapeline')}")
-        raise typer.Exit
     ctx.obj = GlobalOptions(config)
 
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from tapeline.stack import ServiceStatus
 
 
-def up(ctx: typer.Context, json: JsonOption = False) -> None:
+def up(
+    ctx: typer.Context,
+    kafka_port: Annotated[int, typer.Option(help="Of the broker, if it is started.")] = 9092,
+    redis_port: Annotated[int, typer.Option(help="Of Redis, if it is started.")] = 6379,
+    json: JsonOption = False,
+) -> None:
     """Start Kafka and Redis on this machine and create the lanes' topics.
 
     What the settings name elsewhere is used instead of started. What runs already stays.
@@ -28,7 +33,12 @@ def up(ctx: typer.Context, json: JsonOption = False) -> None:
 
     settings = given_settings(ctx)
     with err().status("starting") as spinner:
-        stack = Stack(settings, progress=lambda text: spinner.update(text))
+        stack = Stack(
+            settings,
+            kafka_port=kafka_port,
+            redis_port=redis_port,
+            progress=lambda text: spinner.update(text),
+        )
         statuses = stack.up()
     _show(statuses, json)
 

@@ -26,7 +26,7 @@ def worker(ctx: typer.Context, json: JsonOption = False) -> None:
     import asyncio
 
     from tapeline.app import check_surroundings, run_worker, total_counts
-    from tapeline.logs import configure_logging
+    from consumers.logs import configure_logging
 
     settings = settings_of(ctx)
     configure_logging()

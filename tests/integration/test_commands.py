@@ -59,10 +59,10 @@ def cli(settings: Settings, tmp_path: Path) -> Cli:
 @pytest.fixture
 def tape(tmp_path: Path) -> Path:
     """Five trades of two symbols, and one row that is none."""
-    rows = ["symbol,venue,timestamp,price,size"]
-    rows += [f"{'AB'[n % 2]},V,{1_700_000_000_000 + n},{1.5 + n},2" for n in range(5)]
+    rows = ["symbol,venue,event_time_us,price,size"]
+    rows += [f"{'AB'[n % 2]},V,{1_700_000_000_000_000 + n},{1.5 + n},2" for n in range(5)]
     path = tmp_path / "tape.csv"
-    path.write_text("\n".join([*rows, "A,V,1700000000009,-1,2", ""]))
+    path.write_text("\n".join([*rows, "A,V,1700000000000009,-1,2", ""]))
     return path
 
 

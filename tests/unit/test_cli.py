@@ -122,7 +122,7 @@ def test_the_client_library_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
 
 def test_a_dry_run_needs_no_broker_and_counts_what_is_wrong(tmp_path: Path) -> None:
     """Exit 1 on more rejected rows than allowed, else 0."""
-    rows = ["timestamp,price,size", "1700000000000,1.5,2", "1700000000001,nan,2"]
+    rows = ["event_time_us,price,size", "1700000000000000,1.5,2", "1700000000001000,nan,2"]
     (tmp_path / "tape.csv").write_text("\n".join([*rows, ""]))
     command = ["produce", "tape.csv", "--symbol", "A", "--venue", "V", "--dry-run"]
     done = run_cli(*command, folder=tmp_path, environment=NOWHERE)

@@ -9,7 +9,11 @@ _SECRETS = ("password", "secret", "token", "sasl", "key.pem")
 
 
 def configure_logging(level: str = "info") -> None:
-    """Sets structlog up for this process. librdkafka's own lines show from warnings on."""
+    """Sets structlog up for this process; librdkafka's own lines join it, from errors on."""
+    librdkafka = logging.getLogger("librdkafka")
+    librdkafka.addHandler(logging.StreamHandler(sys.stderr))
+    librdkafka.setLevel(logging.ERROR)
+    librdkafka.propagate = False
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
