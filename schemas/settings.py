@@ -84,7 +84,7 @@ class LaneSettings(_Section):
     """
 
     name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Always its key in `lanes`."
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Taken from its key in `lanes`."
     )
     rank: int = Field(ge=1, description="1 goes first.")
     deadline_ms: float = Field(gt=0, description="From append to the lane's topic.")
@@ -380,9 +380,9 @@ def _suggestion(given: str, known: Mapping[str, Any] | list[str]) -> str:
 def iter_documented_settings() -> Iterator[tuple[str, Any, str]]:
     """Yields (dotted key, default, description) of every setting, for the reference page.
 
-    The default is ``...`` where one must be given; a lane's name is its key.
+    The default is ``...`` where one must be given.
     """
-    yield from (one for one in _walk(Settings, "") if one[0] != "lanes.<name>.name")
+    yield from _walk(Settings, "")
 
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any, str]]:

@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, TopicPartition
 
 from consumers.offsets import decode_metadata
 from schemas.settings import LaneSettings, Settings
-from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
+from tapeline.clients import (
+    ask_broker,
+    check_kafka,
+    client_config,
+    list_offsets,
+    make_admin,
+    make_client,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +60,37 @@ def lane_lags(
     end = list_offsets(admin, settings, partitions, latest=True)
     lags = []
     for lane in lanes:
-        commits = _commits(admin, settings, lane)
+        commits = _commits(settings, lane, num_partitions[lane.topic])
         for partition in range(num_partitions[lane.topic]):
             where = (lane.topic, partition)
             committed, replay_from = commits.get(partition, (None, None))
             begin = first[where] if committed is None else max(committed, first[where])
-            lag = max(0, end[where] - begin)
+            lag = max(0, end[where] - first[where])
             lags.append(PartitionLag(lane.name, *where, committed, replay_from, end[where], lag))
     return lags
 
 
 def _commits(
-    admin: AdminClient, settings: Settings, lane: LaneSettings
+    settings: Settings, lane: LaneSettings, num_partitions: int
 ) -> dict[int, tuple[int, int]]:
-    """Partition to (committed offset, replay offset), where the lane's group has committed."""
-    timeout_s = settings.kafka.timeout_s
-    request = [ConsumerGroupTopicPartitions(lane.group)]
+    """Partition to (committed offset, replay offset), where the lane's group has committed.
 
-    def ask() -> Sequence[TopicPartition]:
-        answers = admin.list_consumer_group_offsets(request, request_timeout=timeout_s)
-        try:
-            found = answers[lane.group].result(timeout_s + 1)
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                return ()
-            raise
-        return found.topic_partitions or ()
-
-    committed = ask_broker(ask, f"what group {lane.group} has committed", settings)
+    Asked by a consumer that never joins the group: the AdminClient's way to ask crashes the process
+    while the group's coordinator is on its way (librdkafka issue 5040).
+    """
+    required = {"group.id": lane.group, "enable.auto.commit": False}
+    consumer: Consumer = make_client(Consumer, client_config(settings, required=required))
+    partitions = [TopicPartition(lane.topic, partition) for partition in range(num_partitions)]
+    try:
+        committed = ask_broker(
+            lambda: consumer.committed(partitions, timeout=settings.kafka.timeout_s),
+            f"what group {lane.group} has committed",
+            settings,
+        )
+    finally:
+        consumer.close()
     return {
         one.partition: (one.offset, decode_metadata(one.metadata, one.offset))
         for one in committed
-        if one.topic == lane.topic and one.offset >= 0
+        if one.offset >= 0
     }

@@ -34,7 +34,7 @@ def capture_events(path: Path) -> Iterator[tuple[str, int, str, Any]]:
                 else:
                     side.pop(price, None)
 
-    for line in gzip.open(path, "rt"):
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
         stamp, _, text = line.partition(" ")
         message, time_us = json.loads(text), int(stamp) // 1000
         if "lastUpdateId" in message:

@@ -17,7 +17,7 @@ from waiting import wait_until
 from consumers.dedup import open_first_seen
 from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
-from inference.client import LocalInferencer
+from inference.client import Inferencer, LocalInferencer
 from inference.engine import Engine
 from schemas.messages import MarketEvent
 from schemas.settings import Settings, as_environment
@@ -31,9 +31,9 @@ LONG_S = 60.0
 class RunningWorker:
     """A worker on an event loop in a thread of its own."""
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(self, settings: Settings, inferencer: Inferencer) -> None:
         self._settings = settings
-        self._engine = engine
+        self._inferencer = inferencer
         self._worker: Worker | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -41,18 +41,17 @@ class RunningWorker:
         wait_until(lambda: self._worker or self._error, LONG_S, "the worker to be built")
 
     async def _run(self) -> None:
-        inferencer = LocalInferencer(self._engine.infer, self._engine.describe())
         try:
             first_seen = await open_first_seen(self._settings.redis)
             self._loop = asyncio.get_running_loop()
             registry = CollectorRegistry()
-            self._worker = Worker(self._settings, inferencer, first_seen, registry=registry)
+            self._worker = Worker(self._settings, self._inferencer, first_seen, registry=registry)
             await self._worker.run()
             await first_seen.close()
         except BaseException as error:
             self._error = error
         finally:
-            await inferencer.close()
+            await self._inferencer.close()
 
     def statistics(self) -> WorkerStatistics:
         assert self._worker is not None
@@ -82,25 +81,35 @@ class RunningWorker:
 
 
 @contextmanager
-def running_worker(settings: Settings, engine: Engine) -> Iterator[RunningWorker]:
+def running_worker(
+    settings: Settings, engine: Engine, inferencer: Inferencer | None = None
+) -> Iterator[RunningWorker]:
+    """A worker with that engine, or with an ``inferencer`` around it; stopped in order."""
     ensure_topics(settings)
-    worker = RunningWorker(settings, engine)
+    worker = RunningWorker(settings, inferencer or local(engine))
     try:
         yield worker
     finally:
         worker.stop()
 
 
+def local(engine: Engine) -> LocalInferencer:
+    return LocalInferencer(engine.infer, engine.describe())
+
+
 @contextmanager
 def worker_process(settings: Settings, artifact: Path, log: Path) -> Iterator[subprocess.Popen]:
-    """``tapeline worker`` with these settings; whatever is left of it is killed at the end."""
+    """``tapeline worker`` with these settings; whatever is left of it is killed at the end.
+
+    Its stdout, the counts as JSON, is a pipe; its log goes to ``log``.
+    """
     model = settings.model.model_copy(update={"artifact": artifact})
     environment = as_environment(settings.model_copy(update={"model": model}))
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tapeline", "worker"],
+            [sys.executable, "-m", "tapeline", "worker", "--json"],
             env=os.environ | environment,
-            stdout=output,
+            stdout=subprocess.PIPE,
             stderr=output,
         )
     try:
@@ -108,7 +117,7 @@ def worker_process(settings: Settings, artifact: Path, log: Path) -> Iterator[su
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-        process.wait(LONG_S)
+        process.communicate(timeout=LONG_S)
 
 
 def produce(settings: Settings, events: Iterable[MarketEvent], lane: str) -> int:
