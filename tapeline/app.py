@@ -130,10 +130,9 @@ def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[s
             "TAPELINE_SERVE__ADDRESS to run one here"
         ) from error
     try:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         yield ray.get_runtime_context().gcs_address
-        if address == "local":
-            serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
 

@@ -65,7 +65,7 @@ def lane_lags(
             where = (lane.topic, partition)
             committed, replay_from = commits.get(partition, (None, None))
             begin = first[where] if committed is None else max(committed, first[where])
-            lag = max(0, end[where] - first[where])
+            lag = max(0, end[where] - begin)
             lags.append(PartitionLag(lane.name, *where, committed, replay_from, end[where], lag))
     return lags
 

@@ -253,12 +253,12 @@ def test_limits_just_within_their_relations() -> None:
 
 def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = tmp_path / "missing.toml"
-    with pytest.raises(ConfigError, match=r"cannot read the settings file .*missing\.toml: No such"):
+    with pytest.raises(ConfigError, match=r"cannot read .*missing\.toml: No such"):
         load_settings(missing)
     monkeypatch.setenv(CONFIG_FILE_ENV, str(missing))
     with pytest.raises(ConfigError, match="cannot read the settings file"):
         load_settings()
-    with pytest.raises(ConfigError, match="cannot read the settings file .*: Is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: Is a directory"):
         load_settings(tmp_path)
 
 
