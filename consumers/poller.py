@@ -6,7 +6,6 @@ for which it waits until the loop has let go of the partitions.
 """
 
 import asyncio
-import logging
 import threading
 from collections.abc import Coroutine, Sequence
 from queue import SimpleQueue
@@ -25,6 +24,7 @@ from confluent_kafka import (
 from consumers.offsets import decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from schemas.errors import ConfigError, TapelineError, TransientError
+from schemas.kafka import client_config, make_client
 from schemas.settings import LaneSettings, Settings
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class LanePoller:
         self._paused = False
         self._to_commit: SimpleQueue[Sequence[CommitPoint]] = SimpleQueue()
         self._closing = threading.Event()
-        self._consumer = Consumer(_consumer_config(lane, settings))
+        self._consumer: Consumer = make_client(Consumer, _consumer_config(lane, settings))
         self._thread = threading.Thread(target=self._run, name=f"poll-{lane.name}", daemon=True)
 
     def start(self) -> None:
@@ -198,27 +198,25 @@ class LanePoller:
 
 
 def _consumer_config(lane: LaneSettings, settings: Settings) -> dict[str, Any]:
-    return {
-        "client.id": f"tapeline-worker-{lane.name}",
-        # Small local queues: what waits in librdkafka is out of the scheduler's sight.
-        "queued.min.messages": lane.max_queued_records,
-        "queued.max.messages.kbytes": 65_536,
-        "fetch.queue.backoff.ms": 10,
-        "max.poll.interval.ms": int(settings.worker.max_poll_interval_s * 1000),
-        "partition.assignment.strategy": "cooperative-sticky",
-        "auto.offset.reset": "earliest",
-        "logger": _librdkafka_logger,
-        **settings.kafka.client,
-        "bootstrap.servers": settings.kafka.bootstrap_servers,
-        "group.id": lane.group,
-        "enable.auto.commit": False,
-        "on_commit": _log_failed_commit,
-        "enable.auto.offset.store": False,
-        "isolation.level": "read_committed",
-    }
-
-
-_librdkafka_logger = logging.getLogger("librdkafka")
+    return client_config(
+        settings,
+        defaults={
+            "client.id": f"tapeline-worker-{lane.name}",
+            # Small local queues: what waits in librdkafka is out of the scheduler's sight.
+            "queued.min.messages": lane.max_queued_records,
+            "queued.max.messages.kbytes": 65_536,
+            "fetch.queue.backoff.ms": 10,
+            "auto.offset.reset": "earliest",
+            "partition.assignment.strategy": "cooperative-sticky",
+            "max.poll.interval.ms": int(settings.worker.max_poll_interval_s * 1000),
+        },
+        required={
+            "group.id": lane.group,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "isolation.level": "read_committed",
+        },
+    ) | {"on_commit": _log_failed_commit}
 
 
 def _record(lane: str, message: Any) -> Record:  # confluent's own types allow for errors here

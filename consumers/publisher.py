@@ -5,7 +5,6 @@ acknowledgement means that every in-sync replica has the record.
 """
 
 import asyncio
-import logging
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.errors import TransientError
+from schemas.kafka import client_config, make_client
 from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -65,19 +65,22 @@ class Publisher:
     """The worker's producer and the thread that serves its callbacks."""
 
     def __init__(self, settings: Settings) -> None:
-        self._producer = Producer(
-            {
-                "client.id": "tapeline-worker",
-                "linger.ms": 1,
-                "delivery.timeout.ms": int(settings.worker.retry_deadline_s * 1000),
-                "message.max.bytes": _MAX_MESSAGE_BYTES,
-                "logger": logging.getLogger("librdkafka"),
-                **settings.kafka.client,
-                "bootstrap.servers": settings.kafka.bootstrap_servers,
-                "enable.idempotence": True,
-                "acks": "all",
-                "partitioner": "murmur2_random",
-            }
+        self._producer: Producer = make_client(
+            Producer,
+            client_config(
+                settings,
+                defaults={
+                    "client.id": "tapeline-worker",
+                    "linger.ms": 1,
+                    "delivery.timeout.ms": int(settings.worker.retry_deadline_s * 1000),
+                    "message.max.bytes": _MAX_MESSAGE_BYTES,
+                },
+                required={
+                    "enable.idempotence": True,
+                    "acks": "all",
+                    "partitioner": "murmur2_random",
+                },
+            ),
         )
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="publish", daemon=True)

@@ -1,9 +1,5 @@
-"""What every Kafka client of the face shares: configuration, a quick check of the broker, errors.
+"""What the Kafka clients of the face share: a quick check of the broker, offsets, errors."""
 
-librdkafka's own log lines go to the logger ``librdkafka`` and nowhere else unless it is configured.
-"""
-
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -14,14 +10,12 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from schemas.errors import ConfigError, TransientError
+from schemas.kafka import client_config, make_client
 from schemas.settings import Settings, load_settings
 
 CHECK_TIMEOUT_S = 5.0
 _CHECK_STEP_S = 0.5
 _RETRY_PAUSE_S = 0.05
-
-LOGGER = logging.getLogger("librdkafka")
-LOGGER.addHandler(logging.NullHandler())  # or Python prints warnings to stderr for want of one
 
 _DOWN = frozenset((KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._ALL_BROKERS_DOWN))
 _REFUSED = frozenset(
@@ -59,45 +53,6 @@ def settings_or_load(settings: Settings | None, overrides: Mapping[str, Any]) ->
             f"settings and {', '.join(sorted(overrides))} are both given; give one of the two"
         )
     return settings
-
-
-def client_config(
-    settings: Settings,
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    required: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """librdkafka's configuration: ``defaults``, over them the user's ``kafka.client``, then ours.
-
-    Args:
-        required: what a contract of ours depends on. Raises ConfigError if the user's map says
-            something else.
-    """
-    required = required or {}
-    for key, value in required.items():
-        given = settings.kafka.client.get(key, value)
-        if str(given).lower() != str(value).lower():
-            raise ConfigError(
-                f"settings: kafka.client: {key} cannot be {given!r}, for Tapeline depends on "
-                f"{value!r}; remove it"
-            )
-    return {
-        "client.id": "tapeline",
-        **(defaults or {}),
-        **settings.kafka.client,
-        **required,
-        "bootstrap.servers": settings.kafka.bootstrap_servers,
-        "logger": LOGGER,
-    }
-
-
-def make_client(kind: Any, config: Mapping[str, Any]) -> Any:
-    """A librdkafka client of that class. Raises ConfigError for a property that it refuses."""
-    try:
-        return kind(dict(config))
-    except KafkaException as error:
-        reason = error.args[0].str()
-        raise ConfigError(f"settings: kafka.client: {reason}") from error
 
 
 def make_admin(settings: Settings) -> AdminClient:

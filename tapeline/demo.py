@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from consumers.metrics import LaneCounts, WorkerStatistics
+from schemas.kafka import LOGGER
 from schemas.settings import Settings, load_settings
 from tapeline.app import ServeApplication, ray_session, total_counts
-from tapeline.clients import LOGGER
 from tapeline.producer import MarketEventProducer
 from tapeline.simulator import simulate, symbol_names
 from tapeline.subscriber import FeatureSubscriber

@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from confluent_kafka import Consumer, TopicPartition
 
 from consumers.offsets import decode_metadata
+from schemas.kafka import client_config, make_client
 from schemas.settings import LaneSettings, Settings
-from tapeline.clients import (
-    ask_broker,
-    check_kafka,
-    client_config,
-    list_offsets,
-    make_admin,
-    make_client,
-)
+from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,10 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import Codec
 from schemas.errors import ConfigError, TapelineError, TransientError
+from schemas.kafka import client_config, make_client
 from schemas.messages import Headers, MarketEvent
 from schemas.settings import Settings
-from tapeline.clients import (
-    check_kafka,
-    client_config,
-    make_client,
-    missing_topic,
-    settings_or_load,
-)
+from tapeline.clients import check_kafka, missing_topic, settings_or_load
 
 DEFAULT_LANE = "realtime"
 _STEP_S = 0.1  # of a wait in librdkafka: how long a signal or a close may have to wait

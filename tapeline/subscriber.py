@@ -17,18 +17,10 @@ from confluent_kafka import Message as KafkaMessage
 
 from schemas.codec import Codec
 from schemas.errors import ConfigError, PoisonRecord, TransientError
+from schemas.kafka import LOGGER, client_config, make_client
 from schemas.messages import FeatureVector, Headers
 from schemas.settings import Settings
-from tapeline.clients import (
-    LOGGER,
-    check_kafka,
-    client_config,
-    list_offsets,
-    make_admin,
-    make_client,
-    missing_topic,
-    settings_or_load,
-)
+from tapeline.clients import check_kafka, list_offsets, make_admin, missing_topic, settings_or_load
 
 SOURCE_APPENDED_HEADER = "source-appended-us"
 Start = Literal["latest", "earliest", "committed"]

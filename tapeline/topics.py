@@ -13,8 +13,8 @@ from confluent_kafka.admin._metadata import ClusterMetadata
 from confluent_kafka.cimpl import NewTopic
 
 from schemas.errors import ConfigError, TransientError
+from schemas.kafka import client_config, make_client
 from schemas.settings import Settings
-from tapeline.clients import client_config, make_client
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 _DLQ_HEADER_BYTES = 1024 * 1024  # on top of the largest record: the headers that say why

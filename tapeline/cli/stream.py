@@ -25,8 +25,8 @@ def worker(ctx: typer.Context, json: JsonOption = False) -> None:
     """
     import asyncio
 
-    from tapeline.app import check_surroundings, run_worker, total_counts
     from consumers.logs import configure_logging
+    from tapeline.app import check_surroundings, run_worker, total_counts
 
     settings = settings_of(ctx)
     configure_logging()

@@ -1,0 +1,55 @@
+"""librdkafka's configuration, the same for every client of ours.
+
+Its own log lines go to the logger ``librdkafka`` and nowhere else unless that is configured.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from confluent_kafka import KafkaException
+
+from schemas.errors import ConfigError
+from schemas.settings import Settings
+
+LOGGER = logging.getLogger("librdkafka")
+LOGGER.addHandler(logging.NullHandler())  # or Python prints warnings to stderr for want of one
+
+
+def client_config(
+    settings: Settings,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    required: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """librdkafka's configuration: ``defaults``, over them the user's ``kafka.client``, then ours.
+
+    Args:
+        required: what a contract of ours depends on. Raises ConfigError if the user's map says
+            something else.
+    """
+    required = required or {}
+    for key, value in required.items():
+        given = settings.kafka.client.get(key, value)
+        if str(given).lower() != str(value).lower():
+            raise ConfigError(
+                f"settings: kafka.client: {key} cannot be {given!r}, for Tapeline depends on "
+                f"{value!r}; remove it"
+            )
+    return {
+        "client.id": "tapeline",
+        **(defaults or {}),
+        **settings.kafka.client,
+        **required,
+        "bootstrap.servers": settings.kafka.bootstrap_servers,
+        "logger": LOGGER,
+    }
+
+
+def make_client(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A librdkafka client of that class. Raises ConfigError for a property that it refuses."""
+    try:
+        return kind(dict(config))
+    except KafkaException as error:
+        reason = error.args[0].str()
+        raise ConfigError(f"settings: kafka.client: {reason}") from error
