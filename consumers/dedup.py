@@ -165,5 +165,9 @@ async def open_first_seen(settings: RedisSettings) -> FirstSeen:
     if not settings.url:
         return LocalFirstSeen(settings.max_local_ids)
     table = RedisFirstSeen(settings)
-    await table.check()
+    try:
+        await table.check()
+    except ConfigError:
+        await table.close()
+        raise
     return table

@@ -8,7 +8,7 @@ import asyncio
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -110,6 +110,7 @@ class Worker:
         self._arrived = asyncio.Event()
         self._advanced = asyncio.Condition()
         self._stopping = asyncio.Event()
+        self._drain_timeout_s = settings.worker.drain_timeout_s
         self._latency = latency_histogram(registry)
         registry.register(WorkerCollector(self.statistics))
 
@@ -136,14 +137,19 @@ class Worker:
                 running.append(self._tasks.create_task(self._commit_regularly()))
                 await self._stopping.wait()
                 _log.info("worker_stopping")
-                await asyncio.gather(*(poller.close() for poller in pollers))
+                await self._close_pollers()
                 for task in running:
                     task.cancel()
         except* Exception as group:
+            self._drain_timeout_s = 0.0  # nothing in flight will finish any more
+            await self._close_pollers()
             raise _first(group) from group
         finally:
             await self._publisher.close(self._settings.worker.drain_timeout_s)
             _log.info("worker_stopped")
+
+    async def _close_pollers(self) -> None:
+        await asyncio.gather(*(poller.close() for poller in self._pollers.values()))
 
     def stop(self) -> None:
         """Asks ``run`` to end; returns at once."""
@@ -179,13 +185,13 @@ class Worker:
 
     async def _prepare(self, records: list[Record]) -> MicroBatch:
         """Decodes, drops duplicates and fills windows: strictly one micro-batch after another."""
+        owners = {record.partition: self._progress[record.partition] for record in records}
         spans = self._start_spans(records)
         items, letters = await retrying(
-            "decode", lambda: self._decode(records), self._settings.worker.retry_deadline_s
+            "decode", lambda: self._decode(records, owners), self._settings.worker.retry_deadline_s
         )
         items = await self._drop_duplicates(items)
-        items = [item for item in items if not item.progress.closed]
-        return self._append(items, letters, spans)
+        return self._append(self._drop_abandoned(items), letters, spans)
 
     async def _finish(self, batch: MicroBatch) -> None:
         """Infers, waits for the turn of its partitions, publishes, and marks what is done."""
@@ -220,12 +226,12 @@ class Worker:
         return [(progress, progress.start(end)) for progress, end in owners]
 
     async def _decode(
-        self, records: Sequence[Record]
+        self, records: Sequence[Record], owners: Mapping[Partition, PartitionProgress]
     ) -> tuple[list[Item], list[tuple[Record, PoisonRecord]]]:
         items: list[Item] = []
         letters: list[tuple[Record, PoisonRecord]] = []
         for record in records:
-            progress = self._progress[record.partition]
+            progress = owners[record.partition]
             try:
                 items.append(Item(record, progress, self._event(record)))
             except PoisonRecord as poison:
@@ -255,6 +261,13 @@ class Worker:
             elif item.is_live:
                 self._counts[item.record.lane].duplicates += 1
         return fresh
+
+    def _drop_abandoned(self, items: list[Item]) -> list[Item]:
+        """Leaves out what belongs to a partition's next owner by now."""
+        for item in items:
+            if item.progress.closed and item.is_live:
+                self._counts[item.record.lane].abandoned += 1
+        return [item for item in items if not item.progress.closed]
 
     def _append(
         self,
@@ -369,7 +382,7 @@ class Worker:
             self._scheduler.drop(partition)
         if not lost:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.worker.drain_timeout_s), self._advanced:
+                async with asyncio.timeout(self._drain_timeout_s), self._advanced:
                     await self._advanced.wait_for(lambda: all(one.is_idle for one in leaving))
         points = [] if lost else self._commit_points(leaving)
         for progress in leaving:

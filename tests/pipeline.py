@@ -41,17 +41,17 @@ class RunningWorker:
         wait_until(lambda: self._worker or self._error, LONG_S, "the worker to be built")
 
     async def _run(self) -> None:
+        first_seen = await open_first_seen(self._settings.redis)
         try:
-            first_seen = await open_first_seen(self._settings.redis)
             self._loop = asyncio.get_running_loop()
             registry = CollectorRegistry()
             self._worker = Worker(self._settings, self._inferencer, first_seen, registry=registry)
             await self._worker.run()
-            await first_seen.close()
         except BaseException as error:
             self._error = error
         finally:
             await self._inferencer.close()
+            await first_seen.close()
 
     def statistics(self) -> WorkerStatistics:
         assert self._worker is not None
@@ -73,6 +73,11 @@ class RunningWorker:
         assert self._worker is not None
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._worker.stop)
+        return self.join()
+
+    def join(self) -> WorkerStatistics:
+        """Waits until it has ended; raises what it ended with."""
+        assert self._worker is not None
         self._thread.join(LONG_S)
         assert not self._thread.is_alive()
         if self._error:

@@ -223,7 +223,7 @@ def test_registry_s_other_versions_are_resolved_by_id(change: Change) -> None:
 
 
 def is_read_by(reader: AvroSchema, *, writer: AvroSchema) -> bool:
-    """Whether any of many random records of the writer's cannot be read."""
+    """Whether each of many random records of the writer's can be read."""
     parsed_writer, parsed_reader = fastavro.parse_schema(writer), fastavro.parse_schema(reader)
     for record in generate_many(writer, 50):
         source = io.BytesIO(written(writer, record))

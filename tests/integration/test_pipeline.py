@@ -17,6 +17,7 @@ from confluent_kafka import Consumer, Producer
 from numpy.typing import NDArray
 from pipeline import (
     LONG_S,
+    RunningWorker,
     assert_once_and_in_order,
     features,
     local,
@@ -32,6 +33,7 @@ from inference.engine import Engine
 from inference.model import ModelConfig
 from inference.seeded import seeded_artifact
 from schemas.codec import FINGERPRINT_HEADER, Codec
+from schemas.errors import TransientError
 from schemas.messages import Flags, MarketEvent, Quote, Sample, Trade
 from schemas.settings import Settings
 from tapeline.simulator import simulate, symbol_names
@@ -317,3 +319,37 @@ def _read_all(settings: Settings, topic: str, num_messages: int) -> list:
     consumer.close()
     assert all(message.error() is None for message in messages)
     return messages
+
+
+class Gone:
+    """A model that stays away: every call fails as a dead replica's does."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._description = engine.describe()
+
+    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+        raise TransientError("the model is gone")
+
+    async def describe(self) -> ModelDescription:
+        return self._description
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_model_that_stays_away_ends_the_worker_and_loses_nothing(
+    make_settings: MakeSettings, small_engine: Engine
+) -> None:
+    """It leaves its group at once, commits nothing unfinished, and the next one goes on."""
+    settings = make_settings(worker={"retry_deadline_s": 1, "commit_interval_ms": 50})
+    events = simulated(300, num_symbols=1)
+    ensure_topics(settings)
+    failing = RunningWorker(settings, Gone(small_engine))
+    produce(settings, events, "realtime")
+    with pytest.raises(TransientError, match="the model is gone"):
+        failing.join()
+    with running_worker(settings, small_engine) as worker:
+        received = features(settings, 300 - 59, idle_timeout_s=20)
+        worker.stop()
+    assert len(received) == 300 - 59
+    assert_once_and_in_order(received)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.offsets import PartitionProgress, decode_metadata, encode_metadata
+from consumers.offsets import PartitionProgress, Span, decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint
 
 PARTITION = ("lane", 3)
@@ -22,7 +22,7 @@ def test_commit_never_passes_a_span_in_flight(sizes: list[int], data: st.DataObj
     """Whatever the order of completion, a crash loses no record; in the end nothing is left."""
     progress = new_progress()
     end = progress.committable
-    in_flight = []
+    in_flight: list[tuple[int, Span]] = []
     for size in sizes:
         assert progress.is_idle == (not in_flight)
         end += size
@@ -54,7 +54,7 @@ def test_replay_offset_is_that_of_a_checkpoint_at_or_below_the_commit(
     """
     progress = new_progress()
     checkpoints = [Checkpoint(100, 90)]
-    in_flight = []
+    in_flight: list[Span] = []
     committed = 100
     for _ in range(data.draw(st.integers(0, 40))):
         match data.draw(st.sampled_from(["append", "append", "checkpoint", "finish", "commit"])):

@@ -113,7 +113,7 @@ def pool(random: Random) -> list[Payload]:
         return [(one, size()) for one in sorted(prices, reverse=not rising)]
 
     def trade() -> Trade:
-        return Trade(price(), size(), random.choice(["unknown", "buy", "sell"]))  # type: ignore[arg-type]
+        return Trade(price(), size(), random.choice(["unknown", "buy", "sell"]))
 
     makers: list[Callable[[], Payload]] = [
         trade,

@@ -36,7 +36,7 @@ def rows_of(
 
 def floors_of(payloads: Sequence[Payload]) -> list[int]:
     """The lowest offset that each row leans on; offsets are 0, 1, 2, ..."""
-    return _run(payloads, None)[1].tolist()
+    return [int(floor) for floor in _run(payloads, None)[1]]
 
 
 def _run(

@@ -27,15 +27,16 @@ from schemas.messages import (
 BIDS = [(99.0, 2.0), (98.0, 1.0)]
 ASKS = [(101.0, 3.0), (102.0, 1.0)]
 BAR = (10.0, 12.0, 9.0, 11.0, 100.0)
+TRADE = Trade(1.0, 1.0, "buy")
 
 
-def event(payload: Payload | None = None, **changes: Any) -> MarketEvent:
+def event(payload: Payload = TRADE, **changes: Any) -> MarketEvent:
     fields: dict[str, Any] = {
         "event_id": "id",
         "symbol": "BTCUSDT",
         "venue": "binance-spot",
         "event_time_us": 1_700_000_000_000_000,
-        "payload": payload or Trade(1.0, 1.0, "buy"),
+        "payload": payload,
     }
     return MarketEvent(**fields | changes)
 
@@ -72,7 +73,7 @@ def test_what_keeps_the_contract(good: MarketEvent) -> None:
 @pytest.mark.parametrize("name", ["event_id", "symbol", "venue"])
 @pytest.mark.parametrize("text", ["", "x" * (MAX_NAME_CHARS + 1), "\ud800", "BTC\udfffUSDT"])
 def test_names(name: str, text: str) -> None:
-    assert_refused(event(**{name: text}), "bad_name", name)
+    assert_refused(event(TRADE, **{name: text}), "bad_name", name)
 
 
 @pytest.mark.parametrize("time_us", [0, -1, MAX_LONG + 1])
@@ -112,8 +113,8 @@ def test_prices(price: float, reason: str) -> None:
     assert_refused(event(Book.from_levels([(price, 1.0)], ASKS)), reason, "bids")
     assert_refused(event(Book.from_levels(BIDS, [(price, 1.0)])), reason, "asks")
     for index, name in enumerate(("open", "high", "low", "close")):
-        values = [*BAR[:index], price, *BAR[index + 1 :]]
-        assert_refused(event(Bar(*values, interval_us=1)), reason, name)
+        values: list[Any] = [*BAR[:index], price, *BAR[index + 1 :], 1]
+        assert_refused(event(Bar(*values)), reason, name)
 
 
 @pytest.mark.parametrize(("size", "reason"), BAD_SIZES)

@@ -302,9 +302,9 @@ def test_environment_of_a_child_gives_it_the_same_settings(
 def test_settings_cannot_be_changed() -> None:
     settings = load_settings()
     with pytest.raises(ValidationError, match="frozen"):
-        settings.state_dir = Path("x")
+        settings.state_dir = Path("x")  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
-        settings.kafka.num_partitions = 1
+        settings.kafka.num_partitions = 1  # type: ignore[misc]
 
 
 def test_reference_lists_every_setting() -> None:

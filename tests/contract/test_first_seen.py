@@ -1,0 +1,251 @@
+"""The first-seen table, in one process and in Redis: one suite, on the real Redis."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis as redis_client
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumers.dedup import FirstSeen, LocalFirstSeen, RedisFirstSeen, open_first_seen
+from schemas.errors import ConfigError
+from schemas.settings import RedisSettings, load_settings
+from tapeline.processes import free_ports
+from tapeline.stack import Stack
+
+MAX_IDS = 5
+TTL_S = 1234
+LONG_S = 30.0
+
+OpenTable = Callable[..., Awaitable[FirstSeen]]
+
+
+def new_settings(url: str | None, **changes: object) -> RedisSettings:
+    """With a key prefix of its own: tests share a Redis."""
+    # A slow machine must not look like a dead Redis.
+    fields = {"url": url, "key_prefix": f"t{uuid.uuid4().hex}:", "ttl_s": TTL_S, "timeout_ms": 5000}
+    return RedisSettings.model_validate(fields | {"max_local_ids": MAX_IDS} | changes)
+
+
+@pytest.fixture
+async def open_table() -> AsyncIterator[OpenTable]:
+    """Opens tables of given settings; closes them."""
+    tables: list[FirstSeen] = []
+
+    async def open_(settings: RedisSettings) -> FirstSeen:
+        tables.append(await open_first_seen(settings))
+        return tables[-1]
+
+    yield open_
+    for table in tables:
+        await table.close()
+
+
+@pytest.fixture(params=["local", "redis"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def url(kind: str, request: pytest.FixtureRequest) -> str | None:
+    return str(request.getfixturevalue("redis_url")) if kind == "redis" else None
+
+
+@pytest.fixture
+async def table(url: str | None, open_table: OpenTable) -> FirstSeen:
+    return await open_table(new_settings(url))
+
+
+# Both of them.
+
+
+def test_settings_say_which_table(table: FirstSeen, kind: str) -> None:
+    assert isinstance(table, RedisFirstSeen if kind == "redis" else LocalFirstSeen)
+    assert not table.statistics().degraded
+
+
+async def test_first_sighting_is_its_own_source(table: FirstSeen) -> None:
+    assert await table.sightings(["a", "b"], ["t:0:1", "t:0:2"]) == ["t:0:1", "t:0:2"]
+    assert table.statistics().num_local_ids == 2
+
+
+async def test_redelivery_is_its_own_first_sighting(table: FirstSeen) -> None:
+    """The same record again after a crash: no duplicate, so it is not lost."""
+    for _ in range(3):
+        assert await table.sightings(["a"], ["t:0:1"]) == ["t:0:1"]
+
+
+async def test_duplicate_shows_the_first_source(table: FirstSeen) -> None:
+    await table.sightings(["a"], ["t:0:1"])
+    assert await table.sightings(["b", "a"], ["t:0:2", "t:0:3"]) == ["t:0:2", "t:0:1"]
+    assert await table.sightings(["a"], ["other:7:1"]) == ["t:0:1"]
+
+
+async def test_duplicates_inside_one_batch(table: FirstSeen) -> None:
+    ids, sources = ["a", "b", "a", "a"], ["t:0:1", "t:0:2", "t:0:3", "t:1:0"]
+    assert await table.sightings(ids, sources) == ["t:0:1", "t:0:2", "t:0:1", "t:0:1"]
+
+
+async def test_replay_drops_what_the_first_pass_dropped(table: FirstSeen) -> None:
+    ids, sources = ["a", "b", "a"], ["t:0:1", "t:0:2", "t:0:3"]
+    first_pass = await table.sightings(ids, sources)
+    assert await table.sightings(ids, sources) == first_pass
+    assert await table.sightings(ids[2:], sources[2:]) == first_pass[2:], "in smaller batches, too"
+
+
+async def test_nothing_asked_nothing_answered(table: FirstSeen) -> None:
+    assert await table.sightings([], []) == []
+
+
+async def test_local_memory_is_bounded(table: FirstSeen) -> None:
+    """A batch larger than the table is answered all the same."""
+    ids = [f"id-{number}" for number in range(3 * MAX_IDS)]
+    sources = [f"t:0:{number}" for number in range(3 * MAX_IDS)]
+    assert await table.sightings(ids, sources) == sources
+    assert table.statistics().num_local_ids == MAX_IDS
+
+
+async def test_odd_ids_are_ids(table: FirstSeen) -> None:
+    ids = ["ÄÖÜ", " ", "a\0b", "{tag}", "x" * 128]
+    sources = [f"t:0:{number}" for number in range(len(ids))]
+    assert await table.sightings(ids, sources) == sources
+    assert await table.sightings(ids, ["t:9:9"] * len(ids)) == sources
+
+
+# The local one.
+
+
+async def test_longest_unused_id_leaves_first() -> None:
+    table = LocalFirstSeen(3)
+    await table.sightings(["a", "b", "c"], ["1", "2", "3"])
+    await table.sightings(["a"], ["4"])  # used again
+    await table.sightings(["d"], ["5"])  # b leaves
+    assert [table.known(one) for one in "abcd"] == ["1", None, "3", "5"]
+
+
+@given(ids=st.lists(st.sampled_from("abcdefgh"), max_size=60), max_ids=st.integers(1, 10))
+def test_table_is_a_bounded_lru(ids: list[str], max_ids: int) -> None:
+    table = LocalFirstSeen(max_ids)
+    model: list[tuple[str, str]] = []  # longest unused first
+    for number, one in enumerate(ids):
+        first = dict(model).get(one, str(number))
+        model = [*(pair for pair in model if pair[0] != one), (one, first)][-max_ids:]
+        assert table.remember(one, str(number)) == first
+        assert table.statistics().num_local_ids == len(model)
+    assert {one: table.known(one) for one, _ in model} == dict(model)
+
+
+# The one in Redis.
+
+
+async def test_redis_remembers_what_the_local_table_forgot(
+    redis_url: str, open_table: OpenTable
+) -> None:
+    table = await open_table(new_settings(redis_url, max_local_ids=1))
+    await table.sightings(["a", "b", "c"], ["t:0:1", "t:0:2", "t:0:3"])
+    assert await table.sightings(["a"], ["t:0:9"]) == ["t:0:1"]
+
+
+async def test_redis_forgets_after_the_ttl(
+    redis_url: str, redis: "redis_client.Redis", open_table: OpenTable
+) -> None:
+    """Every key has it from the first sighting on; seeing an id again does not prolong it."""
+    settings = new_settings(redis_url, max_local_ids=1)
+    table = await open_table(settings)
+    await table.sightings(["a", "b"], ["t:0:1", "t:0:2"])
+    keys = [f"{settings.key_prefix}{one}" for one in "ab"]
+    assert sorted(redis.keys(f"{settings.key_prefix}*")) == [key.encode() for key in keys]
+    assert redis.get(keys[0]) == b"t:0:1"
+    for key in keys:
+        assert TTL_S - 60 < redis.ttl(key) <= TTL_S
+    redis.expire(keys[0], 100)
+    assert await table.sightings(["a"], ["t:0:5"]) == ["t:0:1"]
+    assert redis.ttl(keys[0]) <= 100
+
+
+async def test_two_workers_share_what_they_saw(redis_url: str, open_table: OpenTable) -> None:
+    settings = new_settings(redis_url)
+    one, other = await open_table(settings), await open_table(settings)
+    await one.sightings(["a"], ["t:0:1"])
+    assert await other.sightings(["a", "b"], ["t:1:1", "t:1:2"]) == ["t:0:1", "t:1:2"]
+    assert await one.sightings(["b"], ["t:0:2"]) == ["t:1:2"]
+
+
+async def test_two_workers_at_once_agree(redis_url: str, open_table: OpenTable) -> None:
+    """One of them is first for each id, whichever; never both, never none."""
+    settings = new_settings(redis_url, max_local_ids=1000)
+    tables = [await open_table(settings) for _ in range(2)]
+    ids = [f"id-{number}" for number in range(200)]
+
+    async def see(worker: int) -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(ids), 20):
+            some = ids[start : start + 20]
+            found += await tables[worker].sightings(some, [f"t:{worker}:{one}" for one in some])
+        return found
+
+    first, second = await asyncio.gather(see(0), see(1))
+    assert first == second
+    assert {source.rpartition(":")[2] for source in first} == set(ids)
+
+
+async def test_tables_of_two_prefixes_are_apart(redis_url: str, open_table: OpenTable) -> None:
+    one, other = [await open_table(new_settings(redis_url)) for _ in range(2)]
+    await one.sightings(["a"], ["t:0:1"])
+    assert await other.sightings(["a"], ["t:1:1"]) == ["t:1:1"]
+
+
+async def test_known_ids_cost_redis_nothing(redis_url: str, open_table: OpenTable) -> None:
+    table = await open_table(new_settings(redis_url))
+    await table.sightings(["a", "b"], ["t:0:1", "t:0:2"])
+    await table.sightings(["a", "b", "c"], ["t:0:1", "t:0:2", "t:0:3"])
+    assert table.statistics().redis_lookups_total == 3
+
+
+async def test_redis_that_is_down_at_the_start_is_a_config_error() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(ConfigError) as refused:
+        await open_first_seen(RedisSettings(url=f"redis://127.0.0.1:{port}/0"))
+    assert f"no Redis answers at redis://127.0.0.1:{port}/0" in str(refused.value)
+    assert "tapeline up" in str(refused.value)
+
+
+@pytest.fixture
+def own_stack(tmp_path: Path) -> Iterator[Stack]:
+    """A Redis that a test may stop, on a free port; not started."""
+    stack = Stack.on_free_ports(load_settings(state_dir=tmp_path / "state"))
+    try:
+        yield stack
+    finally:
+        stack.down(purge=True)
+
+
+async def test_redis_that_dies_degrades_and_comes_back(
+    own_stack: Stack, open_table: OpenTable
+) -> None:
+    """Nothing is lost, own duplicates are still told, and the shared table is used again."""
+    url = own_stack.start("redis").endpoint
+    table = await open_table(new_settings(url, max_local_ids=1000))
+    await table.sightings(["before"], ["t:0:1"])
+    own_stack.stop("redis")
+
+    answer = await table.sightings(["before", "during", "during"], ["t:0:2", "t:0:3", "t:0:4"])
+    assert answer == ["t:0:1", "t:0:3", "t:0:3"]
+    assert table.statistics().degraded
+    assert table.statistics().redis_failures_total == 1
+    # Until it is time to ask again, Redis costs nothing.
+    assert await table.sightings(["during"], ["t:0:5"]) == ["t:0:3"]
+
+    assert own_stack.start("redis").endpoint == url
+    number = 0
+    async with asyncio.timeout(LONG_S):
+        while table.statistics().degraded:
+            number += 1
+            source = f"t:1:{number}"
+            assert await table.sightings([f"after-{number}"], [source]) == [source]
+            await asyncio.sleep(0.02)
+    other = await open_table(new_settings(url, key_prefix=table._prefix))  # type: ignore[attr-defined]
+    assert await other.sightings([f"after-{number}"], ["t:2:0"]) == [f"t:1:{number}"]
