@@ -5,6 +5,7 @@ crash is no duplicate and is never lost, and a replay drops exactly what the fir
 """
 
 import asyncio
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class RedisFirstSeen:
     def __init__(self, settings: RedisSettings) -> None:
         assert settings.url
         timeout_s = settings.timeout_ms / 1000
-        self._url = settings.url
+        self._shown_url = re.sub(r"//[^@/]*@", "//***@", settings.url)
         self._redis: Redis = Redis.from_url(
             settings.url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
         )
@@ -113,11 +114,11 @@ class RedisFirstSeen:
             version = (await self._redis.info("server"))["redis_version"]
         except (RedisError, OSError, TimeoutError) as error:
             raise ConfigError(
-                f"no Redis answers at {self._url}: start one with `tapeline up`, or set "
+                f"no Redis answers at {self._shown_url}: start one with `tapeline up`, or set "
                 "TAPELINE_REDIS__URL (empty: duplicates are known to each worker alone)"
             ) from error
         if int(version.partition(".")[0]) < 7:
-            raise ConfigError(f"Redis at {self._url} is {version}; 7.0 or newer is needed")
+            raise ConfigError(f"Redis at {self._shown_url} is {version}; 7.0 or newer is needed")
 
     async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
         first = [self._local.known(event_id) for event_id in ids]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -118,13 +119,14 @@ def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[s
 
     address = settings.serve.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
+        _probe(address)
         ray.init(
             address=address,
             include_dashboard=False if address == "local" else None,
             log_to_driver=log_to_driver,
             logging_level=logging.ERROR,
         )
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset "
             "TAPELINE_SERVE__ADDRESS to run one here"
@@ -135,6 +137,13 @@ def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[s
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raises OSError where nobody listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def total_counts(workers: list[WorkerStatistics]) -> dict[str, LaneCounts]:
