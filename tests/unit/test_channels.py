@@ -92,10 +92,11 @@ def test_spread_micro_price_and_imbalances() -> None:
 
 
 def test_imbalance_of_five_and_of_ten_levels_differ_in_depth() -> None:
-    bids = [(100.0 - i, 1.0 if i < 5 else 7.0) for i in range(10)]
+    bids = [(100.0 - i, 1.0 + i) for i in range(10)]  # 1, 2, 3, ..., 10
     asks = [(101.0 + i, 2.0) for i in range(10)]
     (row,) = rows_of([Book.from_levels(bids, asks)])
-    np.testing.assert_allclose(row[IMBALANCES], [-1 / 3, (5 - 10) / 15, (40 - 20) / 60], rtol=1e-6)
+    expected = [(1 - 2) / 3, (15 - 10) / 25, (55 - 20) / 75]
+    np.testing.assert_allclose(row[IMBALANCES], expected, rtol=1e-6)
 
 
 def test_mid_return_is_the_log_of_the_mid_over_the_one_before() -> None:
