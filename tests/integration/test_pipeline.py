@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import offline
@@ -36,6 +37,7 @@ from schemas.codec import FINGERPRINT_HEADER, Codec
 from schemas.errors import TransientError
 from schemas.messages import Flags, MarketEvent, Quote, Sample, Trade
 from schemas.settings import Settings
+from tapeline.producer import MarketEventProducer
 from tapeline.simulator import simulate, symbol_names
 from tapeline.sources import open_source
 from tapeline.topics import ensure_topics
@@ -319,6 +321,47 @@ def _read_all(settings: Settings, topic: str, num_messages: int) -> list:
     consumer.close()
     assert all(message.error() is None for message in messages)
     return messages
+
+
+def test_a_lane_may_ask_for_fewer_features(
+    make_settings: MakeSettings, small_engine: Engine
+) -> None:
+    """By stride or by interval of event time; what is left out is counted."""
+    settings = make_settings(
+        lanes={"realtime": {"stride": 3}, "batch": {"min_interval_ms": 50}},
+    )
+    strided, spaced = simulated(600, num_symbols=1, seed=1), simulated(600, num_symbols=1, seed=2)
+    with running_worker(settings, small_engine) as worker:
+        produce(settings, strided, "realtime")
+        produce(settings, spaced, "batch")
+        counts = {lane: worker.wait_until_ended(lane, 600) for lane in ("realtime", "batch")}
+        received = features(settings, sum(one.features for one in counts.values()))
+    by_stride = {one.event_id for one in strided[59:] if crc32(one.event_id.encode()) % 3 == 0}
+    intervals = [one.event_time_us // 50_000 for one in spaced]
+    by_interval = {
+        one.event_id
+        for one, now, before in zip(spaced[59:], intervals[59:], intervals[58:], strict=False)
+        if now != before
+    }
+    assert {one.feature.event_id for one in received} == by_stride | by_interval
+    assert 0 < len(by_interval) < len(by_stride) < 541
+    assert counts["realtime"].thinned == 541 - len(by_stride)
+    assert counts["batch"].thinned == 541 - len(by_interval)
+
+
+def test_a_trace_travels_from_the_event_to_its_feature(
+    settings: Settings, small_engine: Engine
+) -> None:
+    trace = ("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    events = simulated(60, num_symbols=1)
+    with running_worker(settings, small_engine):
+        with MarketEventProducer(settings) as producer:
+            for event in events:
+                producer.produce(event, headers=[trace])
+        (record,) = features(settings, 1, idle_timeout_s=LONG_S)
+    assert trace in record.headers
+    assert record.source_appended_us is not None
+    assert 0 <= record.latency_us < LONG_S * 1e6
 
 
 class Gone:
