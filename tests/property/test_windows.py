@@ -128,19 +128,32 @@ def pool(random: Random) -> list[Payload]:
 POOL = pool(Random(2))
 
 
+def mixed(num_payloads: int, random: Random) -> list[Payload]:
+    """All kinds, some kinds rare, so that rows lean on what is long past."""
+    odds = [random.choice([0, 0, 1, 6]) for _ in KINDS]
+    return random.choices(POOL, odds * POOL_ROUNDS if any(odds) else None, k=num_payloads)
+
+
+def in_phases(num_payloads: int, random: Random) -> list[Payload]:
+    """One kind at a time, so that what a row leans on changes all at once."""
+    payloads: list[Payload] = []
+    while len(payloads) < num_payloads:
+        kind = random.randrange(len(KINDS))
+        payloads += random.choices(POOL[kind :: len(KINDS)], k=random.randint(1, 8))
+    return payloads[:num_payloads]
+
+
 def stream(num_events: int, seed: int) -> list[Step]:
     """Records of two partitions, with whatever a tape may do.
 
     Up to five symbols for three places, bursts that leave others idle; offsets with gaps; event
     time that stands still, jumps or goes back; sequence numbers missing, repeated and skipped;
-    records that are not wanted, a lane with a least interval. In some streams a kind of payload is
-    rare, so that rows lean on one that is long past.
+    records that are not wanted, a lane with a least interval.
     """
     random = Random(seed)
     interval_us = random.choice([0, 0, 300_000, 2_000_000])
     jump = random.choice([0.0, 0.02, 0.1])
-    odds = [random.choice([0, 0, 1, 6]) for _ in KINDS]
-    payloads = random.choices(POOL, odds * POOL_ROUNDS if any(odds) else None, k=num_events)
+    payloads = random.choice([mixed, mixed, in_phases])(num_events, random)
     symbols = "ABCDE"[: random.choice([1, 1, 2, 4, 5])]
     loyalty = random.choice([0.3, 0.6, 0.8])
     in_second = random.choice([0.0, 0.2])
