@@ -1,6 +1,6 @@
 """Windows are a function of the records alone: not of batches, restarts or other partitions.
 
-The stores here are tiny (4 steps, 3 symbols, 8 idle records, a rate over 3 events), so that every
+The stores here are tiny (4 steps, 3 symbols, 8 idle records, a rate over 5 events), so that every
 rule that empties a window fires in streams of a few dozen events.
 """
 
@@ -43,9 +43,9 @@ GAP_US = 10_000_000
 
 
 class SmallMarket50(Market50):
-    """``market50-v1`` with a shorter memory: rates lean on 3 events, not on 20."""
+    """``market50-v1`` with a shorter memory: rates lean on 5 events, not on 20."""
 
-    recent = 3
+    recent = 5
 
 
 class Step(NamedTuple):
@@ -179,13 +179,14 @@ def stream(num_events: int, seed: int) -> list[Step]:
     return steps
 
 
-STREAMS = st.builds(stream, st.integers(1, 150), st.integers(0, 2**32))
+SEEDS = st.integers(0, 2**32)
+STREAMS = st.builds(stream, st.integers(1, 150), SEEDS)
 
 
 @st.composite
-def cuts(draw: st.DrawFn, num_events: int, max_cuts: int = 12) -> list[int]:
+def cuts(draw: st.DrawFn, num_events: int) -> list[int]:
     """Where to cut so many events into batches."""
-    inner = draw(st.sets(st.integers(0, num_events), max_size=max_cuts))
+    inner = draw(st.sets(st.integers(0, num_events), max_size=12))
     return sorted({0, num_events} | inner)
 
 
@@ -238,23 +239,27 @@ def test_batches_do_not_matter(steps: list[Step], data: st.DataObject) -> None:
     assert batched.statistics() == one_by_one.statistics()
 
 
-@given(steps=STREAMS, data=st.data())
-@settings(max_examples=250, deadline=None)
-def test_replay_rebuilds_the_windows_bit_for_bit(steps: list[Step], data: st.DataObject) -> None:
+@given(
+    steps=st.builds(stream, st.integers(1, 60), SEEDS),
+    first=st.integers(0, 7),
+    every=st.integers(2, 8),
+)
+@settings(max_examples=200, deadline=None)
+def test_replay_rebuilds_the_windows_bit_for_bit(steps: list[Step], first: int, every: int) -> None:
     """THE invariant: a new store, fed from a checkpoint's replay offset on, gives every event at
     or after the checkpoint what the old one gave it. So it does after any later commit, too."""
-    at = data.draw(cuts(len(steps)))
+    at = sorted({0, len(steps), *range(min(first, len(steps)), len(steps), every)})
     old = new_store()
     expected: list[Result] = []
     replay_offsets = []
-    for start, end in zip(at, at[1:] + at[-1:], strict=True):
+    for start, end in pairwise([*at, len(steps)]):
         replay_offsets.append(
             {one: old.replay_offset(one, _position(steps[:start], one)) for one in PARTITIONS}
         )
         expected += feed(old, steps[start:end])
     for start, replay_from in zip(at, replay_offsets, strict=True):
         replayed = [step for step in steps if step.offset >= replay_from[step.partition]]
-        results = feed_in_batches(new_store(), replayed, data.draw(cuts(len(replayed), 2)))
+        results = feed(new_store(), replayed)
         by_id = {step.event.event_id: one for step, one in zip(replayed, results, strict=True)}
         for step, result in zip(steps[start:], expected[start:], strict=True):
             assert by_id[step.event.event_id] == result, (start, replay_from, step)
