@@ -10,6 +10,10 @@ from schemas.settings import LaneSettings
 
 SOURCE_APPENDED_HEADER = "source-appended-us"
 TRACE_HEADER = "traceparent"
+ATTEMPTS_HEADER = "dlq-attempts"
+"""On a replayed record: how often it has failed before, in decimal."""
+REPLAYED_FROM_HEADER = "dlq-replayed-from"
+"""On a replayed record: ``topic:partition:offset`` of the record that failed first."""
 
 
 class Envelopes:

@@ -64,6 +64,9 @@ class RedisSettings(_Section):
     key_prefix: str = Field("tapeline:seen:", description="In front of each event id.")
     ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered.")
     max_local_ids: int = Field(200_000, ge=1, description="Event ids kept in each worker's LRU.")
+    across_lanes: bool = Field(
+        True, description="An event id counts once in all lanes together; false: once in each."
+    )
 
 
 class SchemaRegistrySettings(_Section):
@@ -145,11 +148,49 @@ class WindowSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """The loop: how much at once, and how long to wait for an end."""
+    """The loop: what is promised, how much at once, and how long to wait for an end."""
 
+    delivery: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once",
+        description="`exactly_once`: features and offsets in one Kafka transaction.",
+    )
+    transaction_interval_ms: float = Field(
+        20, ge=0, description="Least time from one transaction of a lane to its next; 0: none."
+    )
+    transaction_timeout_s: float = Field(
+        10, ge=1, description="A transaction left open for so long is ended by the broker."
+    )
+    instance_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="This worker's lasting name, as transactions and static membership need it; "
+        "none: a free slot of this machine, or the replica's rank on Ray Serve.",
+    )
+    static_membership: bool = Field(
+        False, description="A worker back within `session_timeout_s` keeps its partitions."
+    )
+    group_protocol: Literal["classic", "consumer"] = Field(
+        "classic", description="`consumer` is KIP-848: Kafka 4.0 and newer."
+    )
+    session_timeout_s: float = Field(
+        10, ge=1, description="A silent worker is given up; with KIP-848 the broker decides."
+    )
     max_batch: int = Field(256, ge=1, le=65_536, description="Records in a micro-batch.")
     max_in_flight: int = Field(2, ge=1, le=256, description="Micro-batches at the model at once.")
+    max_unacknowledged: int = Field(
+        64, ge=1, description="Micro-batches between their records' arrival and acknowledgement."
+    )
     max_message_bytes: int = Field(1_048_576, ge=1, description="A larger record is poison.")
+    dlq_max_ratio: Fraction = Field(
+        0.2,
+        description="Dead letters among a lane's last 1,000 records; above it the worker stops.",
+    )
+    dlq_max_consecutive: int = Field(
+        100, ge=1, description="So many dead letters of a lane in a row stop the worker."
+    )
+    stall_after_s: float = Field(
+        20, gt=0, description="A record in flight for longer: its partition is reported as stalled."
+    )
     commit_interval_ms: float = Field(200, gt=0, description="Between commits of each lane.")
     retry_deadline_s: float = Field(30, gt=0, description="For transient faults, then it stops.")
     drain_timeout_s: float = Field(
@@ -245,6 +286,12 @@ class Settings(BaseSettings):
             )
         if worker.commit_interval_ms / 1000 >= worker.drain_timeout_s:
             raise ValueError("worker: commit_interval_ms must be shorter than drain_timeout_s")
+        if worker.transaction_interval_ms / 1000 >= worker.transaction_timeout_s:
+            raise ValueError(
+                "worker: transaction_interval_ms must be shorter than transaction_timeout_s"
+            )
+        if worker.session_timeout_s >= worker.max_poll_interval_s:
+            raise ValueError("worker: session_timeout_s must be below max_poll_interval_s")
         return self
 
     @property
