@@ -98,7 +98,7 @@ class FingerprintWire:
             if name == FINGERPRINT_HEADER:
                 if schema := self._schemas.get(tag or b""):
                     return schema, 0
-                raise PoisonRecord("decode", "unknown_schema", f"unknown Avro fingerprint {tag!r}")
+                raise PoisonRecord("decode", "unknown_schema", f"unknown fingerprint {tag!r:.60}")
         raise PoisonRecord("decode", "unknown_schema", f"there is no header {FINGERPRINT_HEADER!r}")
 
 
@@ -149,7 +149,9 @@ class RegistryWire:
             return _parse(json.loads(text or "null"))
         except Exception as error:  # a JSON or Protobuf schema: not ours, and not to be read
             raise PoisonRecord(
-                "decode", "unknown_schema", f"schema id {schema_id} is no Avro schema: {error!r}"
+                "decode",
+                "unknown_schema",
+                f"schema id {schema_id} is no Avro schema: {error!r:.200}",
             ) from error
 
 
@@ -272,7 +274,8 @@ class Codec:
                 return_record_name=True,
             )
         except Exception as error:  # foreign bytes: fastavro raises what its parsing runs into
-            raise PoisonRecord("decode", "bad_avro", f"not valid Avro: {error!r}") from error
+            # Cut short: an error of Unicode quotes all of its bytes, at four characters each.
+            raise PoisonRecord("decode", "bad_avro", f"not valid Avro: {error!r:.200}") from error
         if (rest := len(value) - source.tell()) > 0:
             raise PoisonRecord("decode", "bad_avro", f"{rest} bytes follow the Avro record")
         return dict(record)
