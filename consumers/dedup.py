@@ -7,9 +7,9 @@ crash is no duplicate and is never lost, and a replay drops exactly what the fir
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 from redis.asyncio import Redis
@@ -42,6 +42,12 @@ class FirstSeen(Protocol):
         Ids not seen before are remembered with the source given. Never fails.
         """
 
+    async def take_over(self, event_id: str, former: str, source: str) -> str:
+        """Makes ``source`` the id's first source if that is ``former`` now; returns what it is.
+
+        For a dead letter that comes again, at another offset: once, however often it comes.
+        """
+
     def statistics(self) -> FirstSeenStatistics: ...
 
     async def close(self) -> None: ...
@@ -69,6 +75,16 @@ class LocalFirstSeen:
         """The id's first source, if it is remembered."""
         return self._sources.get(event_id)
 
+    def put(self, event_id: str, source: str) -> None:
+        """Makes ``source`` the id's first source, whatever it was."""
+        self._sources.pop(event_id, None)
+        self.remember(event_id, source)
+
+    async def take_over(self, event_id: str, former: str, source: str) -> str:
+        if self._sources.get(event_id) == former:
+            self.put(event_id, source)
+        return self.remember(event_id, source)
+
     def statistics(self) -> FirstSeenStatistics:
         return FirstSeenStatistics(len(self._sources), 0, 0, degraded=False)
 
@@ -82,6 +98,15 @@ for i, key in ipairs(KEYS) do
   first[i] = redis.call('SET', key, ARGV[i + 1], 'NX', 'GET', 'EX', ARGV[1]) or ''
 end
 return first
+"""
+
+_TAKE_OVER = """
+local now = redis.call('GET', KEYS[1])
+if now == ARGV[2] or not now then
+  redis.call('SET', KEYS[1], ARGV[3], 'EX', ARGV[1])
+  return ARGV[3]
+end
+return now
 """
 
 
@@ -100,6 +125,7 @@ class RedisFirstSeen:
             settings.url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
         )
         self._script = self._redis.register_script(_SET_OR_GET)
+        self._take_over = self._redis.register_script(_TAKE_OVER)
         self._prefix = settings.key_prefix
         self._ttl_s = settings.ttl_s
         self._local = LocalFirstSeen(settings.max_local_ids)
@@ -129,25 +155,41 @@ class RedisFirstSeen:
                 first[index] = self._local.remember(ids[index], answer or sources[index])
         return [source for source in first if source is not None]
 
+    async def take_over(self, event_id: str, former: str, source: str) -> str:
+        key = self._prefix + event_id
+        arguments: list[int | str] = [self._ttl_s, former, source]
+        answer = await self._call(lambda: self._take_over([key], arguments), num_ids=1)
+        if answer is None:
+            return await self._local.take_over(event_id, former, source)
+        first: str = answer.decode()
+        self._local.put(event_id, first)
+        return first
+
     async def _ask(self, ids: list[str], sources: list[str]) -> list[str]:
         """What Redis saw first; "" for ids new to it, and for all while it is down."""
+        keys = [self._prefix + one for one in ids]
+        found = await self._call(lambda: self._script(keys, [self._ttl_s, *sources]), len(ids))
+        return [""] * len(ids) if found is None else [source.decode() for source in found]
+
+    async def _call(self, call: Callable[[], Awaitable[Any]], num_ids: int) -> Any:
+        """Redis's answer; None while it is down. Asks again once a second."""
         now_s = asyncio.get_running_loop().time()
         if now_s < self._ask_again_s:
-            return [""] * len(ids)
-        self._lookups_total += len(ids)
+            return None
+        self._lookups_total += num_ids
         try:
-            found = await self._script([self._prefix + one for one in ids], [self._ttl_s, *sources])
+            answer = await call()
         except (RedisError, OSError, TimeoutError) as error:
             self._failures_total += 1
             if not self._degraded:
                 _log.warning("first_seen_degraded", error=str(error))
             self._degraded = True
             self._ask_again_s = now_s + _PAUSE_AFTER_FAILURE_S
-            return [""] * len(ids)
+            return None
         if self._degraded:
             _log.info("first_seen_restored")
         self._degraded = False
-        return [source.decode() for source in found]
+        return answer
 
     def statistics(self) -> FirstSeenStatistics:
         return FirstSeenStatistics(

@@ -10,6 +10,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from consumers.dedup import open_first_seen
+from consumers.identity import replica_name
 from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
@@ -22,7 +23,8 @@ DEPLOYMENT_NAME = "worker"
 class StreamWorker:
     """One replica: a worker whose loop runs beside the replica's own calls.
 
-    A loop that ends by itself fails the health check, and Serve replaces the replica.
+    A loop that ends by itself fails the health check, and so does a partition whose head does not
+    move; Serve then replaces the replica.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -30,13 +32,24 @@ class StreamWorker:
     ) -> None:
         configure_logging()
         self._first_seen = await open_first_seen(settings.redis)
-        self._worker = Worker(settings, ServeInferencer(model), self._first_seen)
+        rank = serve.get_replica_context().rank
+        self._worker = Worker(
+            settings,
+            ServeInferencer(model),
+            self._first_seen,
+            instance_id=replica_name(settings, rank.rank if rank else 0),
+        )
         self._running = asyncio.create_task(self._worker.run())
 
     async def check_health(self) -> None:
-        """Raises what ended the loop; a drained worker is well, it waits to be taken away."""
+        """Raises what ended the loop, or which partitions have stalled.
+
+        A drained worker is well: it waits to be taken away.
+        """
         if self._running.done():
             self._running.result()
+        else:
+            self._worker.check_health()
 
     async def statistics(self) -> WorkerStatistics:
         """Of the one replica that answers."""

@@ -1,6 +1,6 @@
 """What a worker sends: features and dead letters as Kafka messages, headers included."""
 
-from consumers.publisher import Outgoing
+from consumers.parcels import Outgoing
 from consumers.records import Record
 from inference.client import Inference
 from schemas.codec import Codec
@@ -67,9 +67,17 @@ class Envelopes:
         )
 
     def dead_letter(
-        self, lane: LaneSettings, record: Record, poison: PoisonRecord, failed_at_us: int
+        self,
+        lane: LaneSettings,
+        record: Record,
+        poison: PoisonRecord,
+        failed_at_us: int,
+        model_version: str,
     ) -> Outgoing:
-        """A poison record, untouched, with headers that say why without decoding anything."""
+        """A poison record, untouched, with headers that say why without decoding anything.
+
+        A record that was replayed out of the DLQ has its attempts counted on.
+        """
         topic, number = record.partition
         letter = DeadLetter(
             key=record.key,
@@ -81,10 +89,11 @@ class Envelopes:
             lane=lane.name,
             stage=poison.stage,
             reason=poison.reason,
-            error_class=type(poison).__name__,
+            error_class=type(poison.__cause__ or poison).__name__,
             message=str(poison),
-            attempts=1,
+            attempts=1 + _former_attempts(record),
             failed_at_us=failed_at_us,
+            model_version=model_version if poison.stage == "infer" else None,
         )
         value, headers = self._codec.encode_dead_letter(letter)
         why = [
@@ -95,3 +104,10 @@ class Envelopes:
         ]
         named = [(name, text.encode()) for name, text in why]
         return Outgoing(lane.dlq_topic, record.key, value, [*headers, *named])
+
+
+def _former_attempts(record: Record) -> int:
+    for name, value in record.headers:
+        if name == ATTEMPTS_HEADER and value and value.isdigit() and len(value) < 9:
+            return int(value)
+    return 0

@@ -1,13 +1,15 @@
 """What a worker counts, and every Prometheus metric of the stream side, once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from consumers.assignments import StalledHead
 from consumers.dedup import FirstSeenStatistics
+from consumers.transactions import TransactionStatistics
 from consumers.windows import WindowStatistics
 
 
@@ -47,6 +49,10 @@ class WorkerStatistics:
         lanes: counts since the start, by lane.
         batch_sizes: how many micro-batches had so many windows, rounded up to a power of two.
         queued: records waiting, by lane.
+        transactions: by lane; empty unless delivery is ``exactly_once``.
+        stalled: partitions whose oldest record is in flight for longer than ``stall_after_s``.
+        num_undrained: partitions that were let go with work in flight, which is done again.
+        num_tasks: asyncio's, in this process.
     """
 
     model_version: str
@@ -56,6 +62,10 @@ class WorkerStatistics:
     num_partitions: int
     windows: WindowStatistics
     first_seen: FirstSeenStatistics
+    transactions: Mapping[str, TransactionStatistics]
+    stalled: Sequence[StalledHead]
+    num_undrained: int
+    num_tasks: int
 
 
 _LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30)
@@ -93,6 +103,7 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily(
             "tapeline_assigned_partitions", "Partitions of this worker.", now.num_partitions
         )
+        yield from _delivery_metrics(now)
         yield GaugeMetricFamily(
             "tapeline_symbols", "Symbols with a window.", now.windows.num_symbols
         )
@@ -104,3 +115,28 @@ class WorkerCollector(Collector):
             "1 while Redis does not answer and duplicates are known to this worker alone.",
             now.first_seen.degraded,
         )
+
+
+def _delivery_metrics(now: WorkerStatistics) -> Iterator[Metric]:
+    transactions = CounterMetricFamily(
+        "tapeline_transactions", "Transactions by how they ended.", labels=["lane", "outcome"]
+    )
+    for lane, counts in now.transactions.items():
+        transactions.add_metric([lane, "committed"], counts.committed_total)
+        transactions.add_metric([lane, "aborted"], counts.aborted_total)
+    yield transactions
+    stalled = GaugeMetricFamily(
+        "tapeline_stalled_seconds",
+        "Age of a partition's oldest record in flight, where it is past worker.stall_after_s.",
+        labels=["topic", "partition"],
+    )
+    for head in now.stalled:
+        topic, number = head.partition
+        stalled.add_metric([topic, str(number)], head.age_s)
+    yield stalled
+    yield CounterMetricFamily(
+        "tapeline_undrained_partitions",
+        "Partitions let go with work in flight; their next owner does it again.",
+        now.num_undrained,
+    )
+    yield GaugeMetricFamily("tapeline_tasks", "Tasks of the worker's event loop.", now.num_tasks)

@@ -31,15 +31,20 @@ class Span:
 
     Attributes:
         end: the offset after its last record.
-        finished: its features and dead letters are acknowledged.
+        started_s: when they left the queue; whose clock is the caller's business.
+        finished: its features and dead letters are durable.
     """
 
     end: int
+    started_s: float
     finished: bool = False
 
 
 class PartitionProgress:
     """One assignment of one partition; made when it is assigned, closed when it is revoked.
+
+    It is the epoch, too: work that comes back to a closed one is void, whoever owns the partition
+    by then, this worker included.
 
     Invariant: ``committable`` never passes an unfinished span and never falls.
     """
@@ -60,11 +65,21 @@ class PartitionProgress:
         """Nothing is in flight."""
         return not self._spans
 
-    def start(self, end: int) -> Span:
+    @property
+    def has_advanced(self) -> bool:
+        """There is something to commit, whether or not it has been committed already."""
+        return self.committable > self.live_from
+
+    @property
+    def oldest_started_s(self) -> float | None:
+        """When the oldest record in flight left its queue; that record is at ``committable``."""
+        return self._spans[0].started_s if self._spans else None
+
+    def start(self, end: int, now_s: float) -> Span:
         """Records up to ``end``, exclusive, are in flight from now on."""
         assert end > self.committable
         assert not self._spans or end > self._spans[-1].end
-        span = Span(end)
+        span = Span(end, now_s)
         self._spans.append(span)
         return span
 
@@ -81,14 +96,19 @@ class PartitionProgress:
             self._checkpoints.append((self.appended, replay_offset))
 
     def commit_point(self) -> CommitPoint | None:
-        """What to commit now; None if nothing is new.
-
-        The replay offset is that of the newest checkpoint that ``committable`` has reached: the
-        windows of any later position need no older record, for replay offsets never fall.
-        """
+        """What to commit now; None if nothing is new."""
         if self.committable == self._committed:
             return None
-        while len(self._checkpoints) > 1 and self._checkpoints[1][0] <= self.committable:
-            self._checkpoints.popleft()
         self._committed = self.committable
-        return CommitPoint(self.partition, self.committable, self._checkpoints[0][1])
+        return self.point_at(self.committable)
+
+    def point_at(self, position: int) -> CommitPoint:
+        """What to commit when every record below ``position`` is done; positions never fall.
+
+        The replay offset is that of the newest checkpoint that ``position`` has reached: the
+        windows of any later position need no older record, for replay offsets never fall.
+        """
+        assert position >= self.committable
+        while len(self._checkpoints) > 1 and self._checkpoints[1][0] <= position:
+            self._checkpoints.popleft()
+        return CommitPoint(self.partition, position, self._checkpoints[0][1])

@@ -7,12 +7,14 @@ for which it waits until the loop has let go of the partitions.
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine, Sequence
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
 from confluent_kafka import (
+    OFFSET_BEGINNING,
     OFFSET_INVALID,
     Consumer,
     KafkaError,
@@ -25,12 +27,13 @@ from consumers.offsets import decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from schemas.errors import ConfigError, TapelineError, TransientError
 from schemas.kafka import client_config, make_client
-from schemas.settings import LaneSettings, Settings
+from schemas.settings import LaneSettings, Settings, WorkerSettings
 
 T = TypeVar("T")
 
 _POLL_S = 0.1
 _MAX_POLLED = 500
+_RETRY_PAUSE_S = 0.1
 _log = structlog.get_logger(__name__)
 
 
@@ -55,6 +58,9 @@ class LanePoller:
 
     Backpressure: at ``max_queued_records`` waiting in the sink the partitions are paused, at half
     of it they are resumed.
+
+    Args:
+        instance_id: this worker's lasting name, if it is a static member of the group.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class LanePoller:
         settings: Settings,
         sink: RecordSink,
         loop: asyncio.AbstractEventLoop,
+        instance_id: str | None = None,
     ) -> None:
         self.lane = lane
         self.failure: asyncio.Future[None] = loop.create_future()
@@ -70,13 +77,19 @@ class LanePoller:
         self._sink = sink
         self._loop = loop
         self._timeout_s = settings.kafka.timeout_s
+        self._retry_deadline_s = settings.worker.retry_deadline_s
         self._release_timeout_s = settings.worker.drain_timeout_s + settings.kafka.timeout_s
         self._handed_over = 0
         self._put = 0
         self._paused = False
         self._to_commit: SimpleQueue[Sequence[CommitPoint]] = SimpleQueue()
         self._closing = threading.Event()
-        self._consumer: Consumer = make_client(Consumer, _consumer_config(lane, settings))
+        self._going_back = threading.Event()
+        self._tells_place = settings.worker.delivery == "exactly_once"
+        self._place: object = None
+        self._consumer: Consumer = make_client(
+            Consumer, _consumer_config(lane, settings, instance_id)
+        )
         self._thread = threading.Thread(target=self._run, name=f"poll-{lane.name}", daemon=True)
 
     def start(self) -> None:
@@ -94,16 +107,37 @@ class LanePoller:
         if points:
             self._to_commit.put(points)
 
+    def go_back(self) -> None:
+        """Has the thread read again from the last commit, soon; returns at once.
+
+        The sink must have forgotten the lane's partitions already: it is given them anew.
+        """
+        self._going_back.set()
+
+    def group_metadata(self) -> object:
+        """The consumer's place in its group, which offsets in a transaction carry.
+
+        As the thread saw it last: any other that asks waits until ``consume`` returns, and that may
+        be for ever (confluent-kafka 2.16). An old answer is safe: the broker refuses it.
+        """
+        return self._place
+
     async def close(self) -> None:
         """Leaves the group, which revokes what is assigned, and ends the thread."""
         self._closing.set()
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.ident is None:  # it never started
+            await asyncio.to_thread(self._consumer.close)
+        else:
+            await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
                 self._adjust_pause()
                 self._send_commits()
+                if self._going_back.is_set():
+                    self._go_back()
+                self._note_place()
                 self._hand_over(self._poll())
             self._consumer.close()
         except BaseException as error:
@@ -162,17 +196,25 @@ class LanePoller:
             self._consumer.resume(self._consumer.assignment())
             self._paused = False
 
+    def _note_place(self) -> None:
+        if self._tells_place and not self._closing.is_set():
+            self._place = self._consumer.consumer_group_metadata()
+
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        committed = consumer.committed(partitions, timeout=self._timeout_s)
+        starts = self._take_on(partitions)
+        consumer.incremental_assign(starts)
+        if self._paused:
+            consumer.pause(partitions)
+        self._note_place()
+
+    def _take_on(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """Tells the sink of partitions; returns where to read each of them."""
+        committed = self._committed(partitions)
         assignments = [_assignment(one) for one in committed]
         self._on_loop(self._sink.assigned(assignments))
         for one, start in zip(assignments, committed, strict=True):
             # Without a commit, auto.offset.reset says where to begin.
             start.offset = one.replay_from if start.offset >= 0 else OFFSET_INVALID
-        consumer.incremental_assign(committed)
-        if self._paused:
-            consumer.pause(partitions)
-        for one in assignments:
             _log.info(
                 "partition_assigned",
                 lane=self.lane.name,
@@ -180,12 +222,46 @@ class LanePoller:
                 live_from=one.live_from,
                 replay_from=one.replay_from,
             )
+        return committed
+
+    def _committed(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """What the group has committed; waits for a transaction that holds an answer back.
+
+        Raises TransientError after ``retry_deadline_s``.
+        """
+        give_up_s = time.monotonic() + self._retry_deadline_s
+        while True:
+            try:
+                committed: list[TopicPartition] = self._consumer.committed(
+                    partitions, timeout=self._timeout_s
+                )
+            except KafkaException as error:
+                if time.monotonic() > give_up_s or self._closing.is_set():
+                    reason = error.args[0].str()
+                    raise TransientError(
+                        f"lane {self.lane.name}: what is committed stays unknown: {reason}"
+                    ) from error
+                _log.warning("retrying", what="committed", error=error.args[0].str())
+                time.sleep(_RETRY_PAUSE_S)
+            else:
+                return committed
+
+    def _go_back(self) -> None:
+        """Begins the assigned partitions again at their last commit, as if newly assigned."""
+        self._going_back.clear()
+        partitions = self._consumer.assignment()
+        self._on_loop(self._sink.revoked(_names(partitions), lost=True))
+        for start in self._take_on(partitions):
+            if start.offset == OFFSET_INVALID:
+                start.offset = OFFSET_BEGINNING
+            self._consumer.seek(start)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         points = self._on_loop(self._sink.revoked(_names(partitions), lost=False))
         if points:
             self._commit(points, asynchronous=False)
         consumer.incremental_unassign(partitions)
+        self._note_place()
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._on_loop(self._sink.revoked(_names(partitions), lost=True))
@@ -197,7 +273,9 @@ class LanePoller:
         return future.result(self._release_timeout_s)
 
 
-def _consumer_config(lane: LaneSettings, settings: Settings) -> dict[str, Any]:
+def _consumer_config(
+    lane: LaneSettings, settings: Settings, instance_id: str | None
+) -> dict[str, Any]:
     return client_config(
         settings,
         defaults={
@@ -207,8 +285,8 @@ def _consumer_config(lane: LaneSettings, settings: Settings) -> dict[str, Any]:
             "queued.max.messages.kbytes": 65_536,
             "fetch.queue.backoff.ms": 10,
             "auto.offset.reset": "earliest",
-            "partition.assignment.strategy": "cooperative-sticky",
             "max.poll.interval.ms": int(settings.worker.max_poll_interval_s * 1000),
+            **_membership(settings.worker, instance_id),
         },
         required={
             "group.id": lane.group,
@@ -217,6 +295,20 @@ def _consumer_config(lane: LaneSettings, settings: Settings) -> dict[str, Any]:
             "isolation.level": "read_committed",
         },
     ) | {"on_commit": _log_failed_commit}
+
+
+def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, Any]:
+    """How the consumer belongs to its group; with KIP-848 the broker decides the rest."""
+    static = {"group.instance.id": instance_id} if instance_id else {}
+    if worker.group_protocol == "consumer":
+        return {"group.protocol": "consumer", **static}
+    session_ms = int(worker.session_timeout_s * 1000)
+    return {
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": session_ms,
+        "heartbeat.interval.ms": min(3000, session_ms // 4),
+        **static,
+    }
 
 
 def _record(lane: str, message: Any) -> Record:  # confluent's own types allow for errors here

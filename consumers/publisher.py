@@ -1,17 +1,18 @@
-"""The way out: features to their lane's output topic, dead letters to its DLQ, all acknowledged.
+"""The way out, at least once: one idempotent producer a worker, for all lanes.
 
-One idempotent producer a worker, so records of a partition stay in the order of ``send``, and an
-acknowledgement means that every in-sync replica has the record.
+Records of a partition stay in the order of ``send``, and an acknowledgement means that every
+in-sync replica has the record. Offsets are committed afterwards, by the pollers.
 """
 
 import asyncio
 import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from consumers.parcels import Outgoing, Parcel
 from schemas.errors import TransientError
 from schemas.kafka import client_config, make_client
 from schemas.settings import Settings
@@ -21,90 +22,88 @@ _QUEUE_FULL_WAIT_S = 0.005
 _MAX_MESSAGE_BYTES = 17 * 2**20  # a lane's largest record, 16 MiB, in its dead letter
 
 
-class Outgoing(NamedTuple):
-    """A message to publish."""
+def make_producer(settings: Settings, config: Mapping[str, Any]) -> Producer:
+    """A producer of a worker, idempotent, acknowledged by all in-sync replicas."""
+    producer: Producer = make_client(
+        Producer,
+        client_config(
+            settings,
+            defaults={
+                "client.id": "tapeline-worker",
+                "message.max.bytes": _MAX_MESSAGE_BYTES,
+                **config,
+            },
+            required={
+                "enable.idempotence": True,
+                "acks": "all",
+                "partitioner": "murmur2_random",
+            },
+        ),
+    )
+    return producer
 
-    topic: str
-    key: bytes | None
-    value: bytes
-    headers: Sequence[tuple[str, bytes | None]]
 
+class _Acknowledgements:
+    """Counts those of one parcel; lives in the publisher's thread."""
 
-class Delivery:
-    """The acknowledgement of a group of messages; awaitable, TransientError if one failed."""
+    def __init__(self, parcel: Parcel, done: list[tuple[Parcel, TransientError | None]]) -> None:
+        self._parcel = parcel
+        self._missing = len(parcel.messages)
+        self._done = done
 
-    def __init__(self, num_messages: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._missing = num_messages
-        self._loop = loop
-        self._done: asyncio.Future[None] = loop.create_future()
-        if not num_messages:
-            self._done.set_result(None)
-
-    def __await__(self) -> Any:
-        return self._done.__await__()
-
-    def acknowledge(self, error: KafkaError | None, message: Message) -> None:
-        """librdkafka's delivery callback; runs in the publisher's thread, one call a message."""
+    def note(self, error: KafkaError | None, message: Message) -> None:
+        """librdkafka's delivery callback, one call a message."""
         self._missing -= 1
         if error is not None:
-            failure = TransientError(f"{message.topic()} did not take a record: {error.str()}")
-            self._loop.call_soon_threadsafe(self._finish, failure)
+            text = f"{message.topic()} did not take a record: {error.str()}"
+            self._done.append((self._parcel, TransientError(text)))
         elif not self._missing:
-            self._loop.call_soon_threadsafe(self._finish, None)
-
-    def _finish(self, failure: TransientError | None) -> None:
-        if self._done.done():
-            return
-        if failure:
-            self._done.set_exception(failure)
-        else:
-            self._done.set_result(None)
+            self._done.append((self._parcel, None))
 
 
 class Publisher:
-    """The worker's producer and the thread that serves its callbacks."""
+    """The outlet of ``at_least_once``: a producer and the thread that serves its callbacks."""
 
     def __init__(self, settings: Settings) -> None:
-        self._producer: Producer = make_client(
-            Producer,
-            client_config(
-                settings,
-                defaults={
-                    "client.id": "tapeline-worker",
-                    "linger.ms": 1,
-                    "delivery.timeout.ms": int(settings.worker.retry_deadline_s * 1000),
-                    "message.max.bytes": _MAX_MESSAGE_BYTES,
-                },
-                required={
-                    "enable.idempotence": True,
-                    "acks": "all",
-                    "partitioner": "murmur2_random",
-                },
-            ),
+        self._producer = make_producer(
+            settings,
+            {
+                "linger.ms": 1,
+                "delivery.timeout.ms": int(settings.worker.retry_deadline_s * 1000),
+            },
         )
+        self._loop = asyncio.get_running_loop()
+        self._done: list[tuple[Parcel, TransientError | None]] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="publish", daemon=True)
+
+    async def open(self) -> None:
         self._thread.start()
 
-    async def send(self, messages: Sequence[Outgoing]) -> Delivery:
-        """Queues messages in order; the Delivery returned completes when all are acknowledged.
+    async def run(self) -> None:
+        """Nothing to do here: the thread does it."""
 
-        Waits while librdkafka's queue is full. Callers take turns: two sends at once may mix.
+    async def send(self, parcel: Parcel) -> None:
+        """Queues the messages in order. Waits while librdkafka's queue is full.
+
+        ``delivered`` fails with TransientError if one is not acknowledged in time.
         """
-        delivery = Delivery(len(messages), asyncio.get_running_loop())
-        for message in messages:
-            while not self._try_produce(message, delivery):  # noqa: ASYNC110
+        if not parcel.messages:
+            parcel.delivered.set_result(True)
+            return
+        acknowledgements = _Acknowledgements(parcel, self._done)
+        for message in parcel.messages:
+            while not self._try_produce(message, acknowledgements):  # noqa: ASYNC110
                 await asyncio.sleep(_QUEUE_FULL_WAIT_S)  # librdkafka has no signal for room
-        return delivery
 
-    def _try_produce(self, message: Outgoing, delivery: Delivery) -> bool:
+    def _try_produce(self, message: Outgoing, acknowledgements: _Acknowledgements) -> bool:
         try:
             self._producer.produce(
                 message.topic,
                 message.value,
                 message.key,
                 headers=list(message.headers),
-                on_delivery=delivery.acknowledge,
+                on_delivery=acknowledgements.note,
             )
         except BufferError:
             return False
@@ -113,12 +112,27 @@ class Publisher:
         return True
 
     def _serve(self) -> None:
+        """The thread: one hand-over to the loop for all acknowledgements of one poll."""
         while not self._closing.is_set():
             self._producer.poll(0.1)
+            if self._done:
+                done, self._done[:] = self._done[:], []
+                self._loop.call_soon_threadsafe(_resolve, done)
 
     async def close(self, timeout_s: float) -> None:
         """Flushes for at most ``timeout_s`` and ends the thread."""
         self._closing.set()
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
         if left := await asyncio.to_thread(self._producer.flush, timeout_s):
             _log.warning("publisher_closed_unflushed", num_messages=left)
+
+
+def _resolve(done: list[tuple[Parcel, TransientError | None]]) -> None:
+    for parcel, failure in done:
+        if parcel.delivered.done():
+            continue  # its first failure counts
+        if failure:
+            parcel.delivered.set_exception(failure)
+        else:
+            parcel.delivered.set_result(True)

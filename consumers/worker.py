@@ -6,71 +6,39 @@ Serve replica.
 
 import asyncio
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 from prometheus_client.registry import REGISTRY, CollectorRegistry
 
+from consumers.assignments import Assignments, StalledHead
+from consumers.bisection import Row, infer_each
+from consumers.breaker import DeadLetterBreaker
 from consumers.channels import channel_set
 from consumers.dedup import FirstSeen
 from consumers.envelopes import Envelopes
+from consumers.intake import Intake, Letter, MicroBatch
 from consumers.metrics import LaneCounts, WorkerCollector, WorkerStatistics, latency_histogram
-from consumers.offsets import PartitionProgress, Span
+from consumers.parcels import Outlet, Parcel
 from consumers.poller import LanePoller
-from consumers.publisher import Outgoing, Publisher
+from consumers.publisher import Publisher
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from consumers.retry import retrying
 from consumers.scheduler import LaneScheduler
+from consumers.transactions import LaneTransactions
 from consumers.windows import WindowStore
-from inference.client import Inference, Inferencer, ModelDescription
+from inference.client import Inferencer, ModelDescription
 from schemas.codec import Codec
-from schemas.errors import ConfigError, PoisonRecord
-from schemas.messages import Flags, MarketEvent
+from schemas.errors import ConfigError, PoisonRecord, TapelineError
+from schemas.messages import Flags
 from schemas.settings import LaneSettings, Settings
 
 _log = structlog.get_logger(__name__)
-
-
-class Item(NamedTuple):
-    """A record on its way, with the assignment that it came by."""
-
-    record: Record
-    progress: PartitionProgress
-    event: MarketEvent
-
-    @property
-    def is_live(self) -> bool:
-        """A feature is owed; else it only rebuilds its window."""
-        return self.record.offset >= self.progress.live_from
-
-
-@dataclass(slots=True, eq=False)
-class MicroBatch:
-    """Records that go to the model together, and what is owed for them.
-
-    Attributes:
-        items, flags: one each per window.
-        windows: float32, (B, C, T).
-        letters: poison records and why.
-        spans: what these records keep from being committed.
-        turns: done when the earlier micro-batches of the same partitions are published.
-        published: done when this one is.
-    """
-
-    items: list[Item]
-    flags: NDArray[np.uint8]
-    windows: NDArray[np.float32]
-    letters: list[tuple[Record, PoisonRecord]]
-    spans: list[tuple[PartitionProgress, Span]]
-    turns: list[asyncio.Future[None]]
-    published: asyncio.Future[None]
+_WATCH_EVERY_S = 1.0
 
 
 class Worker:
@@ -81,6 +49,8 @@ class Worker:
 
     Args:
         inferencer: the model; closed by whoever made it, as is ``first_seen``.
+        instance_id: a name that no other worker has now and that this one has again after a
+            restart; ``exactly_once`` and ``static_membership`` need it.
         clock: Unix time in seconds, for what is stamped on messages.
     """
 
@@ -90,27 +60,47 @@ class Worker:
         inferencer: Inferencer,
         first_seen: FirstSeen,
         *,
+        instance_id: str | None = None,
         registry: CollectorRegistry = REGISTRY,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        worker = self._limits = settings.worker
         self._settings = settings
         self._lanes = {lane.name: lane for lane in settings.active_lanes}
+        self._lane_of = {lane.topic: lane.name for lane in settings.active_lanes}
         self._inferencer = inferencer
         self._first_seen = first_seen
+        self._instance_id = instance_id
         self._clock = clock
         self._codec = Codec(settings.schema_registry)
         self._scheduler = LaneScheduler(settings.active_lanes)
         self._windows = WindowStore(channel_set(settings.window.channel_set), settings.window)
-        self._progress: dict[Partition, PartitionProgress] = {}
-        self._last_turns: dict[Partition, asyncio.Future[None]] = {}
+        self._assignments = Assignments(self._windows)
         self._counts = {name: LaneCounts() for name in self._lanes}
+        self._intake = Intake(
+            settings, first_seen, self._assignments, self._windows, self._codec, self._counts
+        )
+        self._breakers = {
+            name: DeadLetterBreaker(
+                name, max_ratio=worker.dlq_max_ratio, max_consecutive=worker.dlq_max_consecutive
+            )
+            for name in self._lanes
+        }
         self._batch_sizes: Counter[int] = Counter()
         self._model: ModelDescription | None = None
-        self._slots = asyncio.Semaphore(settings.worker.max_in_flight)
+        self._pollers: dict[str, LanePoller] = {}
+        self._outlets: dict[str, Outlet] = {}
+        self._slots = asyncio.Semaphore(worker.max_in_flight)
+        self._room = asyncio.Semaphore(max(worker.max_unacknowledged, worker.max_in_flight))
         self._arrived = asyncio.Event()
         self._advanced = asyncio.Condition()
         self._stopping = asyncio.Event()
-        self._drain_timeout_s = settings.worker.drain_timeout_s
+        self._commits_in_transactions = worker.delivery == "exactly_once"
+        self._drain_timeout_s = worker.drain_timeout_s
+        self._num_undrained = 0
+        self._stalled: tuple[StalledHead, ...] = ()
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._num_tasks = 0
         self._latency = latency_histogram(registry)
         registry.register(WorkerCollector(self.statistics))
 
@@ -120,33 +110,62 @@ class Worker:
         Raises:
             ConfigError: the model and the settings do not fit each other, or a topic is missing.
             TransientError: something stayed away for longer than ``retry_deadline_s``.
+            DeadLetterFlood: too many records are poison.
+            TapelineError: another worker has this one's name, and fenced it.
         """
         self._model = model = await self._describe_model()
-        channels_version = self._windows.channels.version
-        self._envelopes = Envelopes(self._codec, channels_version, model.score_names)
-        self._publisher = Publisher(self._settings)
-        loop = asyncio.get_running_loop()
-        pollers = [LanePoller(lane, self._settings, self, loop) for lane in self._lanes.values()]
-        self._pollers = {poller.lane.name: poller for poller in pollers}
+        self._envelopes = Envelopes(self._codec, self._windows.channels.version, model.score_names)
+        self._connect()
+        outlets = set(self._outlets.values())
         try:
+            await asyncio.gather(*(outlet.open() for outlet in outlets))
             async with asyncio.TaskGroup() as self._tasks:
-                for poller in pollers:
+                working = [self._step_forever(), self._commit_regularly(), self._watch()]
+                working += [outlet.run() for outlet in outlets]
+                working += [_surface(poller.failure) for poller in self._pollers.values()]
+                running = [self._tasks.create_task(work) for work in working]
+                for poller in self._pollers.values():
                     poller.start()
-                running = [self._tasks.create_task(_surface(poller.failure)) for poller in pollers]
-                running.append(self._tasks.create_task(self._step_forever()))
-                running.append(self._tasks.create_task(self._commit_regularly()))
                 await self._stopping.wait()
                 _log.info("worker_stopping")
                 await self._close_pollers()
-                for task in running:
+                for task in [*running, *self._finishing]:  # what could not finish is void by now
                     task.cancel()
         except* Exception as group:
             self._drain_timeout_s = 0.0  # nothing in flight will finish any more
             await self._close_pollers()
             raise _first(group) from group
         finally:
-            await self._publisher.close(self._settings.worker.drain_timeout_s)
-            _log.info("worker_stopped")
+            timeout_s = self._limits.drain_timeout_s
+            await asyncio.gather(*(outlet.close(timeout_s) for outlet in outlets))
+            _log.info("worker_stopped", undrained_partitions=self._num_undrained)
+
+    def _connect(self) -> None:
+        """One poller a lane; one outlet for all lanes, or in ``exactly_once`` one each."""
+        exactly_once = self._commits_in_transactions
+        if (exactly_once or self._limits.static_membership) and not self._instance_id:
+            raise ConfigError(
+                "this worker has no name, which exactly_once and static membership need; "
+                "set worker.instance_id"
+            )
+        member = self._instance_id if self._limits.static_membership else None
+        loop = asyncio.get_running_loop()
+        for name, lane in self._lanes.items():
+            self._pollers[name] = LanePoller(lane, self._settings, self, loop, member)
+        if exactly_once:
+            self._outlets.update({name: self._transactions(name) for name in self._lanes})
+        else:
+            self._outlets.update(dict.fromkeys(self._lanes, Publisher(self._settings)))
+
+    def _transactions(self, lane: str) -> LaneTransactions:
+        assert self._instance_id
+        return LaneTransactions(
+            self._lanes[lane],
+            self._settings,
+            self._instance_id,
+            group_metadata=self._pollers[lane].group_metadata,
+            void=lambda: self._begin_again(lane),
+        )
 
     async def _close_pollers(self) -> None:
         await asyncio.gather(*(poller.close() for poller in self._pollers.values()))
@@ -155,16 +174,31 @@ class Worker:
         """Asks ``run`` to end; returns at once."""
         self._stopping.set()
 
+    def check_health(self) -> None:
+        """Raises TapelineError that names the partitions whose head does not move."""
+        if self._stalled:
+            heads = ", ".join(map(str, self._stalled))
+            raise TapelineError(f"in flight for longer than worker.stall_after_s: {heads}")
+
     def statistics(self) -> WorkerStatistics:
         """A snapshot; callable from any thread."""
+        outlets = self._outlets.items()
         return WorkerStatistics(
             model_version=self._model.model_version if self._model else "",
             lanes={name: replace(counts) for name, counts in self._counts.items()},
             queued={name: self._scheduler.num_queued(name) for name in self._lanes},
             batch_sizes=dict(sorted(self._batch_sizes.items())),
-            num_partitions=len(self._progress),
+            num_partitions=len(self._assignments),
             windows=self._windows.statistics(),
             first_seen=self._first_seen.statistics(),
+            transactions={
+                name: outlet.statistics()
+                for name, outlet in outlets
+                if isinstance(outlet, LaneTransactions)
+            },
+            stalled=self._stalled,
+            num_undrained=self._num_undrained,
+            num_tasks=self._num_tasks,
         )
 
     # The way of an event.
@@ -175,193 +209,129 @@ class Worker:
 
     async def _step(self) -> None:
         """One micro-batch: all that waits when a slot is free, on its way to the model."""
+        await self._room.acquire()
         await self._slots.acquire()
         while not len(self._scheduler):
             self._arrived.clear()
             await self._arrived.wait()
-        records = self._scheduler.take(self._settings.worker.max_batch)
-        batch = await self._prepare(records)
-        self._tasks.create_task(self._finish(batch))
-
-    async def _prepare(self, records: list[Record]) -> MicroBatch:
-        """Decodes, drops duplicates and fills windows: strictly one micro-batch after another."""
-        owners = {record.partition: self._progress[record.partition] for record in records}
-        spans = self._start_spans(records)
-        items, letters = await retrying(
-            "decode", lambda: self._decode(records, owners), self._settings.worker.retry_deadline_s
-        )
-        items = await self._drop_duplicates(items)
-        return self._append(self._drop_abandoned(items), letters, spans)
+        records = self._scheduler.take(self._limits.max_batch)
+        batch = await self._intake.prepare(records)
+        finishing = self._tasks.create_task(self._finish(batch))
+        self._finishing.add(finishing)
+        finishing.add_done_callback(self._finishing.discard)
 
     async def _finish(self, batch: MicroBatch) -> None:
-        """Infers, waits for the turn of its partitions, publishes, and marks what is done."""
+        """Infers, waits for the turn of its partitions, sends, and marks what is done."""
         try:
-            inference = await self._infer(batch)
+            rows = await self._infer(batch)
         finally:
             self._slots.release()
         for turn in batch.turns:
             await turn
-        messages = self._messages(batch, inference)
-        delivery = await self._publisher.send(messages)
+        parcels = self._pack(batch, rows)
+        for parcel in parcels:
+            parcel.delivered.add_done_callback(partial(self._settle, parcel))
+            await self._outlets[parcel.lane].send(parcel)
         batch.published.set_result(None)
-        await delivery
-        self._count_finished(batch)
-        for progress, span in batch.spans:
-            progress.finish(span)
+        for parcel in parcels:
+            await parcel.delivered
+        self._room.release()
         async with self._advanced:
             self._advanced.notify_all()
 
     # Its stages.
 
-    def _start_spans(self, records: Sequence[Record]) -> list[tuple[PartitionProgress, Span]]:
-        ends: dict[Partition, int] = {}
-        for record in records:
-            counts = self._counts[record.lane]
-            if record.offset >= self._progress[record.partition].live_from:
-                counts.records += 1
-                ends[record.partition] = record.offset + 1
-            else:
-                counts.replayed += 1
-        owners = ((self._progress[partition], end) for partition, end in ends.items())
-        return [(progress, progress.start(end)) for progress, end in owners]
-
-    async def _decode(
-        self, records: Sequence[Record], owners: Mapping[Partition, PartitionProgress]
-    ) -> tuple[list[Item], list[tuple[Record, PoisonRecord]]]:
-        items: list[Item] = []
-        letters: list[tuple[Record, PoisonRecord]] = []
-        for record in records:
-            progress = owners[record.partition]
-            try:
-                items.append(Item(record, progress, self._event(record)))
-            except PoisonRecord as poison:
-                if record.offset >= progress.live_from:
-                    letters.append((record, poison))
-        return items, letters
-
-    def _event(self, record: Record) -> MarketEvent:
-        max_bytes = self._settings.worker.max_message_bytes
-        if record.value is not None and len(record.value) > max_bytes:
-            raise PoisonRecord(
-                "decode",
-                "too_large",
-                f"{len(record.value)} bytes; worker.max_message_bytes is {max_bytes}",
-            )
-        event = self._codec.decode_event(record.value, record.headers)
-        self._windows.channels.check(event)
-        return event
-
-    async def _drop_duplicates(self, items: list[Item]) -> list[Item]:
-        sources = [item.record.source for item in items]
-        first = await self._first_seen.sightings([item.event.event_id for item in items], sources)
-        fresh = []
-        for item, source, first_source in zip(items, sources, first, strict=True):
-            if source == first_source:
-                fresh.append(item)
-            elif item.is_live:
-                self._counts[item.record.lane].duplicates += 1
-        return fresh
-
-    def _drop_abandoned(self, items: list[Item]) -> list[Item]:
-        """Leaves out what belongs to a partition's next owner by now."""
-        for item in items:
-            if item.progress.closed and item.is_live:
-                self._counts[item.record.lane].abandoned += 1
-        return [item for item in items if not item.progress.closed]
-
-    def _append(
-        self,
-        items: list[Item],
-        letters: list[tuple[Record, PoisonRecord]],
-        spans: list[tuple[PartitionProgress, Span]],
-    ) -> MicroBatch:
-        """Adds the events to their windows and takes out those that the model shall see."""
-        lanes = [self._lanes[item.record.lane] for item in items]
-        wanted = [
-            item.is_live and _is_sampled(item.event, lane.stride)
-            for item, lane in zip(items, lanes, strict=True)
-        ]
-        appended = self._windows.append(
-            [item.record.partition for item in items],
-            [item.record.offset for item in items],
-            [item.event for item in items],
-            np.array(wanted, bool),
-            np.array([int(lane.min_interval_ms * 1000) for lane in lanes], np.int64),
-        )
-        for item, full, given in zip(items, appended.full, appended.given, strict=True):
-            item.progress.appended = item.record.offset + 1
-            if item.is_live and not full:
-                self._counts[item.record.lane].warm_up += 1
-            elif item.is_live and not given:
-                self._counts[item.record.lane].thinned += 1
-
-        published: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        partitions = [progress.partition for progress, _ in spans]
-        turns = [self._last_turns[one] for one in partitions if one in self._last_turns]
-        self._last_turns.update(dict.fromkeys(partitions, published))
-        return MicroBatch(
-            items=[item for item, given in zip(items, appended.given, strict=True) if given],
-            flags=appended.flags[appended.given],
-            windows=appended.windows,
-            letters=letters,
-            spans=spans,
-            turns=turns,
-            published=published,
-        )
-
-    async def _infer(self, batch: MicroBatch) -> Inference | None:
+    async def _infer(self, batch: MicroBatch) -> list[Row | PoisonRecord]:
         if not batch.items:
-            return None
+            return []
         self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
-        return await retrying(
-            "infer",
-            lambda: self._inferencer.infer(batch.windows),
-            self._settings.worker.retry_deadline_s,
+        return await infer_each(
+            lambda windows: retrying(
+                "infer", lambda: self._inferencer.infer(windows), self._limits.retry_deadline_s
+            ),
+            batch.windows,
         )
 
-    def _messages(self, batch: MicroBatch, inference: Inference | None) -> list[Outgoing]:
-        """Features and dead letters; no feature for a partition that was taken away meanwhile."""
-        now_us = int(self._clock() * 1e6)
-        messages = []
-        for row, item in enumerate(batch.items):
-            assert inference is not None
-            lane = self._lanes[item.record.lane]
-            if item.progress.closed:
-                self._counts[lane.name].abandoned += 1
-                continue
-            flags = Flags(int(batch.flags[row]))
-            if _is_stale(lane, item.record, now_us):
-                flags |= Flags.STALE
-            messages.append(
-                self._envelopes.feature(lane, item.record, item.event, inference, row, flags)
-            )
-        for record, poison in batch.letters:
-            lane = self._lanes[record.lane]
-            messages.append(self._envelopes.dead_letter(lane, record, poison, now_us))
-        return messages
+    def _pack(self, batch: MicroBatch, rows: Sequence[Row | PoisonRecord]) -> list[Parcel]:
+        """Features and dead letters; none for a partition that was taken away meanwhile.
 
-    def _count_finished(self, batch: MicroBatch) -> None:
+        Raises DeadLetterFlood.
+        """
         now_us = int(self._clock() * 1e6)
-        for item in batch.items:
-            if item.progress.closed:
-                continue
-            lane = self._lanes[item.record.lane]
-            counts = self._counts[lane.name]
-            counts.features += 1
-            counts.stale += _is_stale(lane, item.record, now_us)
-            elapsed_us = now_us - item.record.appended_us
-            self._latency.labels(lane.name).observe(elapsed_us / 1e6)
-        for record, poison in batch.letters:
-            self._counts[record.lane].dead_letters += 1
+        parcels = {
+            progress.partition: Parcel(self._lane_of[progress.partition[0]], progress, span)
+            for progress, span in batch.spans
+            if not progress.closed
+        }
+        letters = list(batch.letters)
+        for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
+            if isinstance(row, PoisonRecord):
+                letters.append((item.record, row))
+            elif item.progress.closed:
+                self._counts[item.record.lane].abandoned += 1
+            else:
+                lane = self._lanes[item.record.lane]
+                flags = Flags(int(batch.flags[index]))
+                if _is_stale(lane, item.record, now_us):
+                    flags |= Flags.STALE
+                parcel = parcels[item.record.partition]
+                parcel.features.append(item.record)
+                parcel.messages.append(
+                    self._envelopes.feature(lane, item.record, item.event, *row, flags)
+                )
+        self._watch_for_flood(batch, letters)
+        for letter in letters:
+            self._pack_letter(parcels, letter, now_us)
+        return list(parcels.values())
+
+    def _pack_letter(
+        self, parcels: Mapping[Partition, Parcel], letter: Letter, now_us: int
+    ) -> None:
+        record, poison = letter
+        lane = self._lanes[record.lane]
+        if (parcel := parcels.get(record.partition)) is None:
+            self._counts[lane.name].abandoned += 1
+            return
+        assert self._model
+        version = self._model.model_version
+        parcel.letters.append(letter)
+        parcel.messages.append(self._envelopes.dead_letter(lane, record, poison, now_us, version))
+
+    def _watch_for_flood(self, batch: MicroBatch, letters: Sequence[Letter]) -> None:
+        poisoned = {(record.partition, record.offset) for record, _ in letters}
+        ends: dict[str, list[bool]] = {}
+        for record in batch.live:
+            is_letter = bool(poisoned) and (record.partition, record.offset) in poisoned
+            ends.setdefault(record.lane, []).append(is_letter)
+        for lane, are_letters in ends.items():
+            self._breakers[lane].observe(are_letters)
+
+    def _settle(self, parcel: Parcel, delivered: asyncio.Future[bool]) -> None:
+        """Counts what became of a parcel's records, and lets its partition advance."""
+        if delivered.cancelled() or delivered.exception():
+            return  # ``_finish`` raises it
+        lane, counts = self._lanes[parcel.lane], self._counts[parcel.lane]
+        if not delivered.result():
+            counts.abandoned += len(parcel.features) + len(parcel.letters)
+            return
+        now_us = int(self._clock() * 1e6)
+        counts.features += len(parcel.features)
+        latency = self._latency.labels(parcel.lane)
+        for record in parcel.features:
+            counts.stale += _is_stale(lane, record, now_us)
+            latency.observe((now_us - record.appended_us) / 1e6)
+        for record, poison in parcel.letters:
+            counts.dead_letters += 1
             _log.warning(
                 "dead_letter", source=record.source, reason=poison.reason, message=str(poison)
             )
+        parcel.progress.finish(parcel.span)
 
     # What the pollers ask of it, on the event loop.
 
     def put(self, lane: str, records: list[Record]) -> None:
         """Queues what a poller brought; records of partitions revoked meanwhile are dropped."""
-        owned = [record for record in records if record.partition in self._progress]
+        owned = [record for record in records if record.partition in self._assignments]
         self._scheduler.put(lane, owned)
         self._arrived.set()
 
@@ -371,43 +341,58 @@ class Worker:
 
     async def assigned(self, assignments: Sequence[Assignment]) -> None:
         """Takes on partitions with empty windows."""
-        for assignment in assignments:
-            self._windows.assign(assignment.partition)
-            self._progress[assignment.partition] = PartitionProgress(assignment)
+        self._assignments.take_on(assignments)
 
     async def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> list[CommitPoint]:
-        """Finishes what is in flight for these partitions, or abandons it, and forgets them."""
-        leaving = [self._progress[one] for one in partitions if one in self._progress]
+        """Finishes what is in flight for these partitions, or abandons it, and forgets them.
+
+        In ``exactly_once`` nothing is in flight only once its transaction has ended.
+        """
+        leaving = self._assignments.owned(partitions)
         for partition in partitions:
             self._scheduler.drop(partition)
         if not lost:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._drain_timeout_s), self._advanced:
                     await self._advanced.wait_for(lambda: all(one.is_idle for one in leaving))
-        points = [] if lost else self._commit_points(leaving)
+        self._num_undrained += sum(not one.is_idle for one in leaving)
+        self._assignments.checkpoint()
+        points = [one.point_at(one.committable) for one in leaving if one.has_advanced]
+        self._assignments.let_go(leaving)
         for progress in leaving:
-            progress.closed = True
-            del self._progress[progress.partition]
-            self._last_turns.pop(progress.partition, None)
-            self._windows.revoke(progress.partition)
             _log.info("partition_revoked", partition=progress.partition, lost=lost)
-        return points
+        return [] if lost or self._commits_in_transactions else points
 
     # Around it.
 
-    async def _commit_regularly(self) -> None:
-        lane_of = {lane.topic: name for name, lane in self._lanes.items()}
-        while True:
-            await asyncio.sleep(self._settings.worker.commit_interval_ms / 1000)
-            points = self._commit_points(list(self._progress.values()))
-            for name, poller in self._pollers.items():
-                poller.commit([one for one in points if lane_of[one.partition[0]] == name])
+    def _begin_again(self, lane: str) -> None:
+        """After an aborted transaction: all of the lane in flight is void, from here on."""
+        leaving = self._assignments.of_topic(self._lanes[lane].topic)
+        for progress in leaving:
+            self._scheduler.drop(progress.partition)
+        self._assignments.let_go(leaving)
+        self._pollers[lane].go_back()
 
-    def _commit_points(self, progresses: Sequence[PartitionProgress]) -> list[CommitPoint]:
-        for progress in progresses:
-            partition, position = progress.partition, progress.appended
-            progress.checkpoint(self._windows.replay_offset(partition, position))
-        return [point for one in progresses if (point := one.commit_point())]
+    async def _commit_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.commit_interval_ms / 1000)
+            self._assignments.checkpoint()
+            if not self._commits_in_transactions:
+                points = self._assignments.commit_points()
+                for name, poller in self._pollers.items():
+                    of_lane = [one for one in points if self._lane_of[one.partition[0]] == name]
+                    poller.commit(of_lane)
+
+    async def _watch(self) -> None:
+        """Looks for partitions that have stalled, and says so in the log, once each time."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            self._num_tasks = len(asyncio.all_tasks())
+            known = {(head.partition, head.offset) for head in self._stalled}
+            self._stalled = self._assignments.stalled(time.monotonic(), self._limits.stall_after_s)
+            for head in self._stalled:
+                if (head.partition, head.offset) not in known:
+                    _log.error("partition_stalled", **head._asdict())
 
     async def _describe_model(self) -> ModelDescription:
         deadline_s = self._settings.worker.retry_deadline_s
@@ -427,11 +412,6 @@ class Worker:
 
 def _is_stale(lane: LaneSettings, record: Record, now_us: int) -> bool:
     return lane.expired == "stale" and now_us - record.appended_us > lane.deadline_ms * 1000
-
-
-def _is_sampled(event: MarketEvent, stride: int) -> bool:
-    """One event in ``stride``, by a hash of its id: a replay chooses the same ones."""
-    return stride == 1 or zlib.crc32(event.event_id.encode()) % stride == 0
 
 
 async def _surface(failure: asyncio.Future[None]) -> None:

@@ -4,7 +4,8 @@
     └── TapelineError
         ├── TransientError    retry with jittered backoff until a deadline
         ├── PoisonRecord      dead letter; the lane moves on
-        ├── AssignmentLost    drop in-flight work, commit nothing
+        ├── AssignmentLost    drop in-flight work, commit nothing, go on from the last commit
+        ├── DeadLetterFlood   stop: a person must look; exit 1
         └── ConfigError       say what, where and how to mend it; exit 2
 
 A broken ``assert`` is a bug of ours: the worker crashes and restarts from its last commit.
@@ -38,7 +39,13 @@ class PoisonRecord(TapelineError):
 
 
 class AssignmentLost(TapelineError):
-    """The partition belongs to another worker now; its unfinished work is that worker's."""
+    """What is in flight is void: the broker refused its transaction, most often because the
+    partitions belong to another worker by now. Whoever owns them begins at the last commit.
+    """
+
+
+class DeadLetterFlood(TapelineError):
+    """So many dead letters that they are an outage, not noise; nothing more is committed."""
 
 
 class ConfigError(TapelineError):

@@ -5,10 +5,14 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import structlog
+
 from consumers.dedup import open_first_seen
+from consumers.identity import claimed_name
 from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
 from inference.client import LocalInferencer
@@ -32,6 +36,9 @@ def check_surroundings(settings: Settings) -> None:
 async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> WorkerStatistics:
     """Runs one worker with the model in this process until SIGTERM or SIGINT.
 
+    From then on it takes at most ``stop_limit_s``: a process that hangs for longer, in a model say,
+    ends itself with exit code 1.
+
     Raises ConfigError, or what ended the loop.
     """
     from inference.engine import load_engine  # torch, only here
@@ -39,19 +46,40 @@ async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> W
     engine = await asyncio.to_thread(load_engine, settings.model, settings.window)
     inferencer = LocalInferencer(engine.infer, engine.describe())
     first_seen = await open_first_seen(settings.redis)
-    worker = Worker(settings, inferencer, first_seen)
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, worker.stop)
-    if settings.metrics.port:
-        _serve_metrics(settings.metrics.port)
-    on_started()
-    try:
-        await worker.run()
-    finally:
-        await inferencer.close()
-        await first_seen.close()
+    with claimed_name(settings) as name:
+        worker = Worker(settings, inferencer, first_seen, instance_id=name)
+
+        def stop() -> None:
+            _end_process_after(stop_limit_s(settings))
+            worker.stop()
+
+        loop = asyncio.get_running_loop()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, stop)
+        if settings.metrics.port:
+            _serve_metrics(settings.metrics.port)
+        on_started()
+        try:
+            await worker.run()
+        finally:
+            await inferencer.close()
+            await first_seen.close()
     return worker.statistics()
+
+
+def stop_limit_s(settings: Settings) -> float:
+    """How long a worker may take to end: to drain, to commit, to leave its groups."""
+    return settings.worker.drain_timeout_s + 3 * settings.kafka.timeout_s
+
+
+def _end_process_after(limit_s: float) -> None:
+    def end() -> None:
+        structlog.get_logger(__name__).error("worker_hangs", limit_s=limit_s)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
 
 
 class ServeApplication:

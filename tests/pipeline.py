@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from waiting import wait_until
 
 from consumers.dedup import open_first_seen
+from consumers.identity import claimed_name
 from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
 from inference.client import Inferencer, LocalInferencer
@@ -45,8 +46,15 @@ class RunningWorker:
         try:
             self._loop = asyncio.get_running_loop()
             registry = CollectorRegistry()
-            self._worker = Worker(self._settings, self._inferencer, first_seen, registry=registry)
-            await self._worker.run()
+            with claimed_name(self._settings) as name:
+                self._worker = Worker(
+                    self._settings,
+                    self._inferencer,
+                    first_seen,
+                    instance_id=name,
+                    registry=registry,
+                )
+                await self._worker.run()
         except BaseException as error:
             self._error = error
         finally:

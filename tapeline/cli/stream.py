@@ -10,9 +10,9 @@ import typer
 from tapeline.cli.terminal import JsonOption, err, print_json, print_table, settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from consumers.metrics import LaneCounts
+    from consumers.metrics import LaneCounts, WorkerStatistics
 
 _REFRESH_S = 1.0
 
@@ -35,6 +35,7 @@ def worker(ctx: typer.Context, json: JsonOption = False) -> None:
         run_worker(settings, on_started=lambda: typer.echo("worker started", err=True))
     )
     _show_counts(total_counts([statistics]), json)
+    _demand_drained([statistics])
 
 
 def run(ctx: typer.Context, json: JsonOption = False) -> None:
@@ -61,9 +62,10 @@ def run(ctx: typer.Context, json: JsonOption = False) -> None:
                     f"{sum(lane.features for lane in counts.values()):,} features out"
                 )
         spinner.update("finishing what is in flight")
-        counts = total_counts(application.drain())
+        workers = application.drain()
         application.delete()
-    _show_counts(counts, json)
+    _show_counts(total_counts(workers), json)
+    _demand_drained(workers)
 
 
 def demo(
@@ -93,6 +95,17 @@ def _ended_by_signal() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     return ended
+
+
+def _demand_drained(workers: "Sequence[WorkerStatistics]") -> None:
+    """Exit 1 if work was left in flight: nothing is lost, but its next owner does it again."""
+    if num_undrained := sum(worker.num_undrained for worker in workers):
+        typer.echo(
+            f"tapeline: {num_undrained} partitions were let go with work in flight, which is done "
+            "again; see the log, or raise worker.drain_timeout_s",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def _show_counts(counts: "Mapping[str, LaneCounts]", json: bool) -> None:

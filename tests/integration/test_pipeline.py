@@ -71,10 +71,12 @@ def simulated(num_events: int, *, num_symbols: int = 5, seed: int = 7) -> list[M
     )
 
 
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
 def test_every_full_window_gives_one_feature_in_order(
-    settings: Settings, small_engine: Engine
+    make_settings: MakeSettings, small_engine: Engine, delivery: str
 ) -> None:
     """Counts of both ends add up, on every lane at once."""
+    settings = make_settings(worker={"delivery": delivery})
     tapes = {
         lane.name: simulated(1_000, seed=rank) for rank, lane in enumerate(settings.active_lanes)
     }

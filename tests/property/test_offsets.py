@@ -26,7 +26,7 @@ def test_commit_never_passes_a_span_in_flight(sizes: list[int], data: st.DataObj
     for size in sizes:
         assert progress.is_idle == (not in_flight)
         end += size
-        in_flight.append((end - size, progress.start(end)))
+        in_flight.append((end - size, progress.start(end, 0.0)))
     newest = progress.committable
     for first, span in data.draw(st.permutations(in_flight)):
         progress.finish(span)
@@ -60,7 +60,7 @@ def test_replay_offset_is_that_of_a_checkpoint_at_or_below_the_commit(
         match data.draw(st.sampled_from(["append", "append", "checkpoint", "finish", "commit"])):
             case "append":
                 progress.appended = max(progress.appended, 100) + data.draw(st.integers(1, 4))
-                in_flight.append(progress.start(progress.appended))
+                in_flight.append(progress.start(progress.appended, 0.0))
             case "checkpoint":
                 newest = checkpoints[-1]
                 replay_from = data.draw(st.integers(newest.replay_from, progress.appended))
@@ -88,11 +88,11 @@ def test_rebuilding_windows_makes_no_checkpoint() -> None:
     progress.appended = 95
     progress.checkpoint(94)
     progress.appended = 105
-    progress.finish(progress.start(105))
+    progress.finish(progress.start(105, 0.0))
     assert progress.commit_point() == CommitPoint(PARTITION, 105, 90)
     progress.checkpoint(97)
     progress.appended = 106
-    progress.finish(progress.start(106))
+    progress.finish(progress.start(106, 0.0))
     assert progress.commit_point() == CommitPoint(PARTITION, 106, 97)
     assert progress.commit_point() is None
 
@@ -100,10 +100,10 @@ def test_rebuilding_windows_makes_no_checkpoint() -> None:
 def test_spans_go_forward_and_finish_once() -> None:
     progress = new_progress()
     with pytest.raises(AssertionError):
-        progress.start(100)
-    span = progress.start(101)
+        progress.start(100, 0.0)
+    span = progress.start(101, 0.0)
     with pytest.raises(AssertionError):
-        progress.start(101)
+        progress.start(101, 0.0)
     progress.finish(span)
     with pytest.raises(AssertionError):
         progress.finish(span)
