@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from schemas.errors import ConfigError, TapelineError
-from tapeline.cli import features, lag, stack, stream, tape
+from tapeline.cli import audit, features, lag, stack, stream, tape
 from tapeline.cli.terminal import GlobalOptions
 
 
@@ -47,7 +47,7 @@ app = typer.Typer(
 _COMMANDS: list[Callable[..., None]] = [
     *(stack.up, stack.down, stack.status, stack.doctor, stack.topics),
     *(tape.produce, tape.simulate, features.subscribe),
-    *(stream.demo, stream.run, stream.worker, lag.lag),
+    *(stream.demo, stream.run, stream.worker, lag.lag, audit.audit),
 ]
 for _command in _COMMANDS:
     app.command()(_command)

@@ -334,6 +334,26 @@ def test_replay_of_what_did_not_fail_is_a_duplicate() -> None:
     assert book.kinds() == ["twice"]
 
 
+def test_replay_of_what_was_published_after_all_is_one_too_many() -> None:
+    """A crash between letter and commit may have given the record a second chance."""
+    book = full_window()
+    book.record(3, "e0-1", replayed_from=book.source(1))
+    book.letter(1, "infer")
+    for offset in (1, 2, 3):
+        book.feature(offset)
+    assert book.kinds() == ["twice"]
+
+
+def test_replay_of_a_letter_that_was_purged_may_be_either() -> None:
+    book = full_window()
+    book.record(3, "e0-1", replayed_from=book.source(1))
+    book.feature(2)
+    book.ledger.letters_gone_until_us = START_US + SECOND_US
+    audit = book.judge()
+    assert book.ledger.violations() == []
+    assert (audit.optional, audit.unprovable) == (1, 1)
+
+
 def test_of_two_partitions_the_one_that_was_published_is_the_first() -> None:
     book = full_window()
     book.record(0, partition=1)
@@ -397,6 +417,14 @@ def test_retention_leaves_windows_open_until_they_were_seen_to_fill() -> None:
     audit = book.judge()
     assert (audit.optional, audit.owed, audit.unprovable) == (1, 2, 1)
     assert [one.source.offset for one in book.ledger.violations()] == [11, 12]
+
+
+def test_symbol_that_must_have_been_evicted_begins_anew_even_after_retention() -> None:
+    book = Book(firsts=(10,), max_symbols=2)
+    for offset, symbol in enumerate("ABC", 10):
+        book.record(offset, symbol=symbol)
+    audit = book.judge()
+    assert (audit.optional, audit.warm_up) == (2, 1)
 
 
 def test_copy_of_a_record_that_is_gone_is_known_by_its_feature() -> None:
