@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench up down setup parts lock
+.PHONY: demo test chaos check bench up down setup parts lock
 
 demo: setup  ## the whole processor on this machine, no Kafka, Redis, Java or GPU
 	$(BIN)/tapeline demo
 
 test: check parts  ## everything, against real Kafka, Redis and Ray
 	$(BIN)/pytest
+
+chaos: setup parts  ## the failure drills, long: CHAOS="--drill worker-kill --count 100" chooses
+	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
 check: setup  ## style, types and layers
 	$(BIN)/ruff format --check .
