@@ -92,7 +92,11 @@ def test_commands_and_options_exist(page: Path) -> None:
         if not words[0].isalpha() or words[0].isupper():
             continue  # an option of tapeline itself, a placeholder, a rule of layers
         assert words[0] in commands, line
-        options = {name for one in commands[words[0]].params for name in one.opts}
+        command = commands[words[0]]
+        if (family := getattr(command, "commands", None)) and len(words) > 1:
+            assert words[1] in family, line
+            command = family[words[1]]
+        options = {name for one in command.params for name in one.opts}
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= {*options, "--help"}, line
 
