@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from schemas.errors import ConfigError
 from schemas.settings import RedisSettings
 
+_SHARED_AT_ONCE = 500
 _PAUSE_AFTER_FAILURE_S = 1.0  # a hanging Redis must not cost every micro-batch its timeout
 
 _log = structlog.get_logger(__name__)
@@ -37,15 +38,16 @@ class FirstSeen(Protocol):
     """Remembers, for every event id, the record that showed it first."""
 
     async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
-        """The source (``topic:partition:offset``) that showed each id first.
+        """The source (``topic:partition:offset``) that showed each id first; see ``take_over``.
 
         Ids not seen before are remembered with the source given. Never fails.
         """
 
     async def take_over(self, event_id: str, former: str, source: str) -> str:
-        """Makes ``source`` the id's first source if that is ``former`` now; returns what it is.
+        """Adds ``source`` behind ``former``, if that is the id's last one; returns all, with ``|``.
 
-        For a dead letter that comes again, at another offset: once, however often it comes.
+        For a dead letter that comes again, at another offset: once, however often it comes. The
+        former one stays, because a replay must give its row to the window as the first pass did.
         """
 
     def statistics(self) -> FirstSeenStatistics: ...
@@ -75,14 +77,19 @@ class LocalFirstSeen:
         """The id's first source, if it is remembered."""
         return self._sources.get(event_id)
 
+    def snapshot(self) -> list[tuple[str, str]]:
+        """Ids and their first sources, the longest unused first."""
+        return list(self._sources.items())
+
     def put(self, event_id: str, source: str) -> None:
         """Makes ``source`` the id's first source, whatever it was."""
         self._sources.pop(event_id, None)
         self.remember(event_id, source)
 
     async def take_over(self, event_id: str, former: str, source: str) -> str:
-        if self._sources.get(event_id) == former:
-            self.put(event_id, source)
+        known = self._sources.get(event_id)
+        if known is not None and known.rpartition("|")[2] == former:
+            self.put(event_id, f"{known}|{source}")
         return self.remember(event_id, source)
 
     def statistics(self) -> FirstSeenStatistics:
@@ -101,12 +108,16 @@ return first
 """
 
 _TAKE_OVER = """
-local now = redis.call('GET', KEYS[1])
-if now == ARGV[2] or not now then
-  redis.call('SET', KEYS[1], ARGV[3], 'EX', ARGV[1])
-  return ARGV[3]
+local known = redis.call('GET', KEYS[1])
+if not known then
+  known = ARGV[3]
+elseif string.match(known, '[^|]*$') == ARGV[2] then
+  known = known .. '|' .. ARGV[3]
+else
+  return known
 end
-return now
+redis.call('SET', KEYS[1], known, 'EX', ARGV[1])
+return known
 """
 
 
@@ -114,7 +125,8 @@ class RedisFirstSeen:
     """A table that all workers share, behind a local one; one Lua call a micro-batch.
 
     While Redis is down the local table answers alone: duplicates that another worker saw first
-    may pass, nothing is lost, and ``statistics`` says degraded.
+    may pass, nothing is lost, and ``statistics`` says degraded. When it is back, whatever it has
+    forgotten, it is told all that this table remembers.
     """
 
     def __init__(self, settings: RedisSettings) -> None:
@@ -133,6 +145,7 @@ class RedisFirstSeen:
         self._failures_total = 0
         self._degraded = False
         self._ask_again_s = 0.0
+        self._sharing: asyncio.Task[None] | None = None
 
     async def check(self) -> None:
         """Raises ConfigError unless Redis answers and is new enough."""
@@ -188,8 +201,20 @@ class RedisFirstSeen:
             return None
         if self._degraded:
             _log.info("first_seen_restored")
+            self._sharing = asyncio.create_task(self._share())
         self._degraded = False
         return answer
+
+    async def _share(self) -> None:
+        """Tells Redis the local table, oldest first; what Redis knows itself stays."""
+        known = self._local.snapshot()
+        for start in range(0, len(known), _SHARED_AT_ONCE):
+            chunk = known[start : start + _SHARED_AT_ONCE]
+            keys = [self._prefix + event_id for event_id, _ in chunk]
+            try:
+                await self._script(keys, [self._ttl_s, *(source for _, source in chunk)])
+            except (RedisError, OSError, TimeoutError):
+                return  # down again: the next time it is back begins anew
 
     def statistics(self) -> FirstSeenStatistics:
         return FirstSeenStatistics(
@@ -200,6 +225,8 @@ class RedisFirstSeen:
         )
 
     async def close(self) -> None:
+        if self._sharing is not None:
+            self._sharing.cancel()
         await self._redis.aclose()
 
 

@@ -13,7 +13,7 @@ TRACE_HEADER = "traceparent"
 ATTEMPTS_HEADER = "dlq-attempts"
 """On a replayed record: how often it has failed before, in decimal."""
 REPLAYED_FROM_HEADER = "dlq-replayed-from"
-"""On a replayed record: ``topic:partition:offset`` of the record that failed first."""
+"""On a replayed record: ``topic:partition:offset`` of the record that failed."""
 
 
 class Envelopes:

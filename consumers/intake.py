@@ -148,9 +148,10 @@ class Intake:
         first = await self._first_seen.sightings(ids, sources)
         fresh = []
         for item, event_id, source, first_source in zip(items, ids, sources, first, strict=True):
-            if first_source != source and (former := _replayed_from(item.record)):
-                first_source = await self._first_seen.take_over(event_id, former, source)
-            if source == first_source:
+            owners = first_source.split("|")
+            if source not in owners and (former := _replayed_from(item.record)):
+                owners = (await self._first_seen.take_over(event_id, former, source)).split("|")
+            if source in owners:
                 fresh.append(item)
             elif item.is_live:
                 self._counts[item.record.lane].duplicates += 1

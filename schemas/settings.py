@@ -59,7 +59,7 @@ class RedisSettings(_Section):
         description="`redis://host:port/db`; empty: duplicates are known to each worker alone.",
     )
     timeout_ms: float = Field(
-        200, gt=0, description="To connect and for an answer; then the local table answers alone."
+        1000, gt=0, description="To connect and for an answer; then the local table answers alone."
     )
     key_prefix: str = Field("tapeline:seen:", description="In front of each event id.")
     ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered.")

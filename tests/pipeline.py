@@ -65,6 +65,20 @@ class RunningWorker:
         assert self._worker is not None
         return self._worker.statistics()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def last_statistics(self) -> WorkerStatistics:
+        """Of a worker that has ended, however it did."""
+        assert self._worker is not None
+        assert not self.is_alive
+        return self._worker.statistics()
+
+    def check_health(self) -> None:
+        assert self._worker is not None
+        self._worker.check_health()
+
     def wait_until_ended(self, lane: str, num_records: int) -> LaneCounts:
         """The lane's counts, once so many records have their end."""
 
