@@ -216,7 +216,12 @@ class Worker:
             await self._arrived.wait()
         records = self._scheduler.take(self._limits.max_batch)
         batch = await self._intake.prepare(records)
-        finishing = self._tasks.create_task(self._finish(batch))
+        finish = self._finish(batch)
+        try:
+            finishing = self._tasks.create_task(finish)
+        except RuntimeError:  # the group takes no more: something has failed meanwhile
+            finish.close()
+            raise asyncio.CancelledError from None
         self._finishing.add(finishing)
         finishing.add_done_callback(self._finishing.discard)
 

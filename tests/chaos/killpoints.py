@@ -170,11 +170,11 @@ class TracedWorker:
         self._process.join(timeout_s)
         return self._process.exitcode
 
-    def met(self) -> set[tuple[Boundary, Side]]:
-        """What it has met so far, if it lives, or in its life. Waits for the answer."""
+    def met(self) -> Counter[tuple[Boundary, Side]]:
+        """What it has met so far, if it lives, or in its life, and how often. Waits for it."""
         if self.exit_code is None:
             self.send(signal.SIGUSR1)
-        hits: set[tuple[Boundary, Side]] = wait_until(
+        hits: Counter[tuple[Boundary, Side]] = wait_until(
             lambda: self._hits.exists() and pickle.loads(self._hits.read_bytes()),
             LONG_S,
             "what a worker has met",
@@ -190,7 +190,7 @@ def _child(
 
     def note_hits(*_: object) -> None:
         draft = hits.with_suffix(".draft")
-        draft.write_bytes(pickle.dumps(set(tracer.hits)))
+        draft.write_bytes(pickle.dumps(tracer.hits))
         draft.rename(hits)
 
     signal.signal(signal.SIGUSR1, note_hits)
