@@ -131,7 +131,9 @@ def _step_clock(scene: Scene, count: int) -> None:
     for _ in range(count):
         scene.run_for(0.5, 3.0)
         minutes = scene.chance.choice([-1, 1]) * scene.chance.uniform(1, 30)
-        scene.clock.write_text(f"{minutes * 60:+.3f}")
+        draft = scene.clock.with_suffix(".new")
+        draft.write_text(f"{minutes * 60:.3f}")
+        draft.replace(scene.clock)  # the worker reads the old step or the new one
         scene.faults["clock step"] += 1
         scene.wait_for_progress()
 

@@ -96,7 +96,7 @@ def judge(settings: Settings, intent: Intent) -> Verdict:
     verdict.judges = "own ledger and audit"
     if not report.is_clean:
         verdict.problems.append(f"audit: {report.first_violation}")
-    if set(report.duplicates) != set(verdict.repeats):
+    if verdict.is_clean and set(report.duplicates) != set(verdict.repeats):
         verdict.problems.append(
             f"audit counts {len(report.duplicates)} repeated events, we {len(verdict.repeats)}"
         )

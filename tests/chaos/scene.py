@@ -117,7 +117,7 @@ class Scene:
     Attributes:
         chance: the seed's.
         disk: the small disk of node 1, if the drill has one.
-        clock: what the workers' clock is off by, a file that libfaketime reads.
+        clock: the file that says by how many seconds the workers' clock is off.
         faults: what was broken, by kind.
     """
 
@@ -172,7 +172,7 @@ class Drill:
         num_workers: at the start.
         across_lanes: whether some duplicates go to another lane than the first copy.
         small_disk_bytes: node 1 keeps its log on a file system of that size; 0: it does not.
-        is_clock_faked: workers are the real command under libfaketime.
+        is_clock_faked: workers are the real command with a clock that can be stepped.
         on_serve: workers and model are a Ray Serve application.
     """
 
@@ -302,7 +302,12 @@ def _settings(
             "replication_factor": kafka.num_nodes,
             "client": {"reconnect.backoff.max.ms": 500},
         },
-        redis={"url": ground.redis.url, "key_prefix": f"{unique}:seen:"},
+        redis={
+            "url": ground.redis.url,
+            "key_prefix": f"{unique}:seen:",
+            # A slow answer counts as none, and then a duplicate may pass: not what is tried here.
+            "timeout_ms": 5_000,
+        },
         model={"artifact": ground.artifact(), "max_batch": 64, **drill.model},
         serve={"app_name": unique, "worker_num_cpus": 0.2, "model_num_cpus": 0.2},
         worker={
