@@ -152,7 +152,7 @@ def _consumer(settings: Settings) -> Consumer:
 
 
 def read_records(
-    settings: Settings, spans: Mapping[Place, Span], progress: ShowProgress | None
+    settings: Settings, spans: Mapping[Place, Span], progress: ShowProgress | None = None
 ) -> Iterator[Record]:
     """Letters, receipts and strangers of the spans. Raises as ``read_index`` does."""
     codec = Codec(settings.schema_registry)
@@ -167,7 +167,7 @@ def read_records(
 
 
 def _messages(
-    settings: Settings, spans: Mapping[Place, Span], progress: ShowProgress | None
+    settings: Settings, spans: Mapping[Place, Span], progress: ShowProgress | None = None
 ) -> Iterator[Message]:
     """Every record of the spans. A partition ends at the broker's word, not by a count.
 

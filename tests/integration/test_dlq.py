@@ -2,9 +2,13 @@
 
 import itertools
 import json
+import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,7 +33,9 @@ from schemas.messages import Headers, MarketEvent, Trade
 from schemas.settings import Settings, as_environment
 from tapeline.cli import app
 from tapeline.clients import check_kafka, list_offsets, make_admin
-from tapeline.dlq import LetterId, read_index, read_letters, replay, replaying
+from tapeline.dlq import LetterId, fold, read_index, read_letters, replay, replaying
+from tapeline.dlq.reading import read_records, snapshot
+from tapeline.stack import Stack
 from tapeline.topics import ensure_topics
 
 MakeSettings = Callable[..., Settings]
@@ -410,6 +416,52 @@ def test_ctrl_c_leaves_the_rest_open(dlq: Dlq) -> None:
     assert states == ["replayed"] * 2 + ["open"] * 3
 
 
+def test_a_signal_ends_a_replay_in_order(dlq: Dlq) -> None:
+    """What the summary says is what the receipts say."""
+    dlq.bury(*(Original(b"A", str(n).encode()) for n in range(60)))
+    process = subprocess.Popen(
+        [*(sys.executable, "-m", "tapeline", "dlq", "replay"), "--all", "--rate", "10", "--json"],
+        env=os.environ | as_environment(dlq.settings),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        topic = dlq.settings.lane("realtime").topic
+        wait_until(lambda: dlq.records(topic), LONG_S, "the first letters")
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=LONG_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    report = json.loads(stdout)
+    assert report["interrupted"]
+    states = Counter(dlq.states("--limit", 0).values())
+    assert states == {"replayed": report["replayed"], "open": report["left_open"]}
+    assert 0 < states["replayed"] < 60
+    assert len(dlq.records(topic)) == states["replayed"]
+
+
+def test_a_failing_cluster_ends_a_replay(dlq: Dlq, stack: Stack) -> None:
+    """The broker hangs: nothing is acknowledged, no more is sent, all stays open."""
+    ids = dlq.bury(*(Original(b"A", str(n).encode()) for n in range(60)))
+    letters = list(read_letters(dlq.settings, ids))
+    broker = stack.start("kafka").pid
+    assert broker is not None
+
+    def hanging() -> Iterator[Any]:
+        os.kill(broker, signal.SIGSTOP)
+        yield from letters
+
+    try:
+        report = replay(dlq.settings, hanging(), delivery_timeout_s=1, rate_hz=10)
+    finally:
+        os.kill(broker, signal.SIGCONT)
+    assert (report.num_replayed, report.interrupted) == (0, True)
+    assert 1 <= report.num_failed < 60
+    assert report.first_failures[0].startswith(f"{ids[0]}: ")
+    assert set(dlq.states().values()) == {"open"}
+
+
 def test_a_rate_spreads_the_letters(dlq: Dlq, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for its turn, on a clock that moves half a second whenever it is looked at."""
     ids = dlq.bury(*(Original(b"A", str(n).encode()) for n in range(5)))
@@ -506,26 +558,12 @@ def test_purge_without_anybody_to_ask_wants_a_yes(dlq: Dlq) -> None:
 
 
 def test_letters_that_come_meanwhile_are_for_the_next_time(dlq: Dlq) -> None:
-    """The read ends where the topic ended, however fast it grows."""
-    dlq.bury(Original(b"A", b"v"))
-    enough = threading.Event()
-
-    def grow() -> None:
-        producer = Producer(dlq.client())
-        letter = dlq.letter(Original(b"A", b"v"))
-        while not enough.is_set():
-            producer.produce(letter.topic, letter.value, b"A", headers=[*letter.headers])
-            producer.poll(0.001)
-        producer.flush(LONG_S)
-
-    thread = threading.Thread(target=grow)
-    thread.start()
-    try:
-        sizes: Sequence[int] = [len(read_index(dlq.settings).ids("open")) for _ in range(3)]
-    finally:
-        enough.set()
-        thread.join(LONG_S)
-    assert 1 <= sizes[0] <= sizes[1] <= sizes[2] <= len(read_index(dlq.settings).ids("open"))
+    """A read ends where its snapshot ends, in each partition, however far the topic has grown."""
+    ids = dlq.bury(*(Original(b"BTCUSDT", b"v") for _ in range(3)), Original(b"ETHUSDT", b"v"))
+    spans = snapshot(dlq.settings)
+    dlq.bury(*(Original(key, b"w") for key in (b"BTCUSDT", b"ETHUSDT") for _ in range(20)))
+    assert set(fold(read_records(dlq.settings, spans)).ids("open")) == set(ids)
+    assert len(read_index(dlq.settings).ids("open")) == 44
 
 
 def set_config(dlq: Dlq, topic: str, name: str, value: str) -> None:
