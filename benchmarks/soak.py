@@ -3,9 +3,9 @@
     python -m benchmarks.soak [--minutes 30] [--rate 200] [--delivery exactly_once] [--json]
 
 Starts a broker and a Redis of its own and one ``tapeline worker`` with the default CPU model. Looks
-at it every few seconds: memory, file descriptors, threads, tasks of its event loop, lag. The warm-up
-share is left out: tables and allocators fill up first. The local table of event ids is made small,
-or it would grow for all of the run: 200,000 ids by default, about 200 bytes each.
+at it every few seconds: memory, file descriptors, threads, tasks of its event loop, lag. The first
+share of the looks is left out: tables and allocators fill up. The local table of event ids is made
+small, or it would grow for all of the run: 200,000 ids by default, about 200 bytes each.
 
 Flat is judged from a line by least squares: its slope, and the slope's standard error, widened for
 samples that resemble their predecessors. Latency is of each minute, from append to append. Exit
