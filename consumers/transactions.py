@@ -109,8 +109,8 @@ class LaneTransactions:
         self._arrived.set()
 
     async def close(self, timeout_s: float) -> None:
-        """Ends the thread, and with it a transaction under way."""
-        closed = self._on_thread(self._close, timeout_s)
+        """Aborts what is under way, and ends the thread."""
+        closed = self._on_thread(self._close)
         try:
             async with asyncio.timeout(timeout_s + self._request_timeout_s):
                 await closed
@@ -183,9 +183,9 @@ class LaneTransactions:
             reason: KafkaError = error.args[0]
             raise TransientError(f"lane {self._lane}: no transactions: {reason.str()}") from error
 
-    def _close(self, timeout_s: float) -> None:
+    def _close(self) -> None:
         try:
-            self._producer.close(timeout_s)
+            self._producer.close()
         except KafkaException as error:  # a fenced producer does not even close in order
             _log.warning("transactions_closed", lane=self._lane, error=error.args[0].str())
 

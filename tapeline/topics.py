@@ -52,8 +52,8 @@ def lane_topics(settings: Settings) -> list[TopicSpec]:
     """Input, output and dead-letter topic of every enabled lane, first rank first."""
     kafka = settings.kafka
 
-    def spec(name: str, max_record_bytes: int | None) -> TopicSpec:
-        config = {"message.timestamp.type": "LogAppendTime"}
+    def spec(name: str, max_record_bytes: int | None, **more: str) -> TopicSpec:
+        config = {"message.timestamp.type": "LogAppendTime", **more}
         if max_record_bytes is not None:
             config["max.message.bytes"] = str(max_record_bytes)
         return TopicSpec(name, kafka.num_partitions, kafka.replication_factor, config)
@@ -62,7 +62,10 @@ def lane_topics(settings: Settings) -> list[TopicSpec]:
     for lane in settings.active_lanes:
         specs[lane.topic] = spec(lane.topic, MAX_RECORD_BYTES)
         specs.setdefault(lane.output_topic, spec(lane.output_topic, None))
-        specs[lane.dlq_topic] = spec(lane.dlq_topic, MAX_RECORD_BYTES + _DLQ_HEADER_BYTES)
+        # A letter stays until somebody closes it, however long that takes.
+        specs[lane.dlq_topic] = spec(
+            lane.dlq_topic, MAX_RECORD_BYTES + _DLQ_HEADER_BYTES, **{"retention.ms": "-1"}
+        )
     return list(specs.values())
 
 

@@ -4,9 +4,11 @@ A crash between acknowledgement and receipt leaves the letter open, so a later r
 more; the worker's duplicate filter drops that one.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,13 +58,14 @@ class ReplayReport:
 
 
 def replayed_headers(letter: Letter) -> list[tuple[str, bytes | None]]:
-    """The original's headers in their order; how often it failed, and where it failed first."""
+    """The original's headers in their order; how often it failed, and where it did last.
+
+    The worker's first-seen table lets a replay take the place of that very record, once.
+    """
     ours = (ATTEMPTS_HEADER, REPLAYED_FROM_HEADER)
     kept = [one for one in letter.dead.headers if one[0] not in ours]
-    earlier = [value for name, value in letter.dead.headers if name == REPLAYED_FROM_HEADER]
-    first = next((value for value in earlier if value), letter.source.encode())
     attempts = str(letter.dead.attempts).encode()
-    return [*kept, (ATTEMPTS_HEADER, attempts), (REPLAYED_FROM_HEADER, first)]
+    return [*kept, (ATTEMPTS_HEADER, attempts), (REPLAYED_FROM_HEADER, letter.source.encode())]
 
 
 def replay(
@@ -89,19 +92,16 @@ def replay(
     if rate_hz is not None:
         assert rate_hz > 0
     run = _Replay(settings, check_kafka(settings), delivery_timeout_s, progress)
-    pause_s = 1 / rate_hz if rate_hz else 0.0
     interrupted = False
-    try:
-        due_s = time.monotonic()
-        for letter in letters:
-            run.wait_until(due_s)
-            if run.cluster_failed:
-                break
-            run.send(letter)
-            due_s = max(due_s, time.monotonic() - pause_s) + pause_s
-    except KeyboardInterrupt:
-        interrupted = True
-    run.finish()
+    # Ctrl-C reaches the main thread alone: in the middle of a callback it would lose an answer.
+    with ThreadPoolExecutor(1, "replay") as thread:
+        sending = thread.submit(run.send_all, letters, 1 / rate_hz if rate_hz else 0.0)
+        try:
+            sending.result()
+        except KeyboardInterrupt:
+            interrupted = True
+            run.stopping.set()
+            sending.result()
     return ReplayReport(
         run.num_replayed,
         run.num_replayed - run.receipts.num_written,
@@ -128,6 +128,18 @@ class _Replay:
         self.num_replayed = self.num_failed = 0
         self.first_failures: list[str] = []
         self.cluster_failed = False
+        self.stopping = threading.Event()
+
+    def send_all(self, letters: Iterable[Letter | Unreadable], pause_s: float) -> None:
+        """Sends until there are no more, or no more shall be sent, and waits for the answers."""
+        due_s = time.monotonic()
+        for letter in letters:
+            self.wait_until(due_s)
+            if self.cluster_failed or self.stopping.is_set():
+                break
+            self.send(letter)
+            due_s = max(due_s, time.monotonic() - pause_s) + pause_s
+        self.finish()
 
     def wait_until(self, due_s: float) -> None:
         """Serves callbacks and writes receipts, at least once, until it is time."""
@@ -135,7 +147,7 @@ class _Replay:
             left_s = due_s - time.monotonic()
             self._producer.poll(min(max(left_s, 0), _STEP_S))
             self.receipts.write()
-            if left_s <= 0:
+            if left_s <= 0 or self.stopping.is_set():
                 return
 
     def send(self, letter: Letter | Unreadable) -> None:

@@ -279,7 +279,7 @@ def test_show_of_what_is_not_there_exits_1(dlq: Dlq, tmp_path: Any) -> None:
 
 
 def test_a_replay_brings_back_the_original(dlq: Dlq) -> None:
-    """Key, value and headers as they were; the key's partition; attempts and first failure."""
+    """Key, value and headers as they were; the key's partition; attempts and where it failed."""
     originals = [
         Original(b"BTCUSDT", b"\x00\xff", HEADERS),
         Original(b"ETHUSDT", None),
@@ -294,23 +294,24 @@ def test_a_replay_brings_back_the_original(dlq: Dlq) -> None:
     for number, (key, value, headers, *_) in enumerate(originals):
         record = records[key]
         assert record.value() == value
-        first = f"{topic}:1:{number}".encode()
-        added = [(ATTEMPTS_HEADER, b"1"), (REPLAYED_FROM_HEADER, first)]
+        failed = f"{topic}:1:{number}".encode()
+        added = [(ATTEMPTS_HEADER, b"1"), (REPLAYED_FROM_HEADER, failed)]
         assert record.headers() == [*headers, *added]
     # docs/wire.md: of 4 partitions BTCUSDT is in 2 and ETHUSDT in 1, so of 2 in 0 and 1.
     assert (records[b"BTCUSDT"].partition(), records[b"ETHUSDT"].partition()) == (0, 1)
 
 
-def test_a_letter_that_failed_again_keeps_its_first_source(dlq: Dlq) -> None:
+def test_a_letter_that_failed_again_names_where_it_failed_last(dlq: Dlq) -> None:
     earlier = [(ATTEMPTS_HEADER, b"1"), ("x", b"y"), (REPLAYED_FROM_HEADER, b"first:0:5")]
+    topic = dlq.settings.lane("realtime").topic
     [id] = dlq.bury(Original(b"A", b"v", earlier))
     assert dlq.json("show", id)["attempts"] == 2
     dlq.json("replay", id)
-    [record] = dlq.records(dlq.settings.lane("realtime").topic)
+    [record] = dlq.records(topic)
     assert record.headers() == [
         ("x", b"y"),
         (ATTEMPTS_HEADER, b"2"),
-        (REPLAYED_FROM_HEADER, b"first:0:5"),
+        (REPLAYED_FROM_HEADER, f"{topic}:1:0".encode()),
     ]
 
 

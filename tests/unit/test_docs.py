@@ -241,7 +241,8 @@ def test_reasons_are_those_that_the_code_gives() -> None:
         for path in (ROOT / folder).glob("*.py"):
             raised |= set(
                 re.findall(
-                    r'(?:InvalidEvent\(|PoisonRecord\(\s*"\w+",)\s*"(\w+)"', path.read_text()
+                    r'(?:InvalidEvent\(|_poison\(|PoisonRecord\(\s*"\w+",)\s*"(\w+)"',
+                    path.read_text(),
                 )
             )
     sentence = re.search(r"Its `dlq-reason` is one of (.*?)\. ", text_of("wire.md"), re.DOTALL)
