@@ -102,6 +102,10 @@ class PartitionProgress:
         self._committed = self.committable
         return self.point_at(self.committable)
 
+    def commit_failed(self) -> None:
+        """The broker did not take the last commit: the next one says all of it again."""
+        self._committed = self.live_from
+
     def point_at(self, position: int) -> CommitPoint:
         """What to commit when every record below ``position`` is done; positions never fall.
 

@@ -26,7 +26,7 @@ from confluent_kafka import (
 from consumers.offsets import decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from schemas.errors import ConfigError, TapelineError, TransientError
-from schemas.kafka import client_config, make_client
+from schemas.kafka import client_config, make_client, message_headers
 from schemas.settings import LaneSettings, Settings, WorkerSettings
 
 T = TypeVar("T")
@@ -45,6 +45,9 @@ class RecordSink(Protocol):
 
     def num_queued(self, lane: str) -> int:
         """Records of the lane that wait."""
+
+    def commit_failed(self, partitions: Sequence[Partition]) -> None:
+        """The last commit of these was not taken."""
 
     async def assigned(self, assignments: Sequence[Assignment]) -> None:
         """Takes on partitions; their records follow."""
@@ -85,11 +88,12 @@ class LanePoller:
         self._to_commit: SimpleQueue[Sequence[CommitPoint]] = SimpleQueue()
         self._closing = threading.Event()
         self._going_back = threading.Event()
+        # Cooperative and static together strand partitions: docs/DESIGN.md, 6.
+        self._is_eager = bool(instance_id) and settings.worker.group_protocol == "classic"
         self._tells_place = settings.worker.delivery == "exactly_once"
         self._place: object = None
-        self._consumer: Consumer = make_client(
-            Consumer, _consumer_config(lane, settings, instance_id)
-        )
+        config = _consumer_config(lane, settings, instance_id) | {"on_commit": self._on_commit}
+        self._consumer: Consumer = make_client(Consumer, config)
         self._thread = threading.Thread(target=self._run, name=f"poll-{lane.name}", daemon=True)
 
     def start(self) -> None:
@@ -160,8 +164,18 @@ class LanePoller:
         try:
             self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
         except KafkaException as error:
-            # What is not committed is delivered again: at-least-once's cost, and no loss.
-            _log.warning("commit_failed", lane=self.lane.name, error=str(error))
+            self._on_commit(error.args[0], offsets)
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        """librdkafka's answer to a commit. One that was not taken is said again with the next.
+
+        A rebalance refuses them now and then; without it, a partition at rest would stay behind.
+        """
+        failed = [one for one in partitions if error is not None or one.error]
+        if failed:
+            reason = error or failed[0].error
+            _log.warning("commit_failed", lane=self.lane.name, error=str(reason))
+            self._loop.call_soon_threadsafe(self._sink.commit_failed, _names(failed))
 
     def _poll(self) -> list[Message]:
         """Waits for one message and takes those behind it; asking for many at once would wait."""
@@ -202,7 +216,10 @@ class LanePoller:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         starts = self._take_on(partitions)
-        consumer.incremental_assign(starts)
+        if self._is_eager:
+            consumer.assign(starts)
+        else:
+            consumer.incremental_assign(starts)
         if self._paused:
             consumer.pause(partitions)
         self._note_place()
@@ -260,12 +277,18 @@ class LanePoller:
         points = self._on_loop(self._sink.revoked(_names(partitions), lost=False))
         if points:
             self._commit(points, asynchronous=False)
-        consumer.incremental_unassign(partitions)
+        self._unassign(consumer, partitions)
         self._note_place()
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._on_loop(self._sink.revoked(_names(partitions), lost=True))
-        consumer.incremental_unassign(partitions)
+        self._unassign(consumer, partitions)
+
+    def _unassign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._is_eager:
+            consumer.unassign()
+        else:
+            consumer.incremental_unassign(partitions)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the event loop and waits for it."""
@@ -294,7 +317,7 @@ def _consumer_config(
             "enable.auto.offset.store": False,
             "isolation.level": "read_committed",
         },
-    ) | {"on_commit": _log_failed_commit}
+    )
 
 
 def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, Any]:
@@ -304,7 +327,7 @@ def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, An
         return {"group.protocol": "consumer", **static}
     session_ms = int(worker.session_timeout_s * 1000)
     return {
-        "partition.assignment.strategy": "cooperative-sticky",
+        "partition.assignment.strategy": "range" if instance_id else "cooperative-sticky",
         "session.timeout.ms": session_ms,
         "heartbeat.interval.ms": min(3000, session_ms // 4),
         **static,
@@ -314,9 +337,14 @@ def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, An
 def _record(lane: str, message: Any) -> Record:  # confluent's own types allow for errors here
     partition = (message.topic(), message.partition())
     appended_us = message.timestamp()[1] * 1000
-    headers = message.headers() or ()
     return Record(
-        lane, partition, message.offset(), message.key(), message.value(), headers, appended_us
+        lane,
+        partition,
+        message.offset(),
+        message.key(),
+        message.value(),
+        message_headers(message),
+        appended_us,
     )
 
 
@@ -340,11 +368,6 @@ def _raise_unless_passing(error: KafkaError, lane: LaneSettings) -> None:
     if error.fatal():
         raise TapelineError(f"lane {lane.name}: {error.str()}")
     _log.warning("poll_error", lane=lane.name, error=error.str())
-
-
-def _log_failed_commit(error: KafkaError | None, partitions: list[TopicPartition]) -> None:
-    if error is not None:
-        _log.warning("commit_failed", partitions=_names(partitions), error=error.str())
 
 
 def _fail(future: asyncio.Future[None], error: BaseException) -> None:

@@ -344,6 +344,11 @@ class Worker:
         """Records of the lane that wait."""
         return self._scheduler.num_queued(lane)
 
+    def commit_failed(self, partitions: Sequence[Partition]) -> None:
+        """Has the next regular commit name these partitions again."""
+        for progress in self._assignments.owned(partitions):
+            progress.commit_failed()
+
     async def assigned(self, assignments: Sequence[Assignment]) -> None:
         """Takes on partitions with empty windows."""
         self._assignments.take_on(assignments)

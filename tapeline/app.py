@@ -61,6 +61,9 @@ async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> W
         on_started()
         try:
             await worker.run()
+        except BaseException:
+            _end_process_after(settings.kafka.timeout_s)  # whatever still hangs in a broker's way
+            raise
         finally:
             await inferencer.close()
             await first_seen.close()

@@ -21,7 +21,7 @@ from consumers.channels import channel_set
 from consumers.envelopes import REPLAYED_FROM_HEADER
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord, TransientError
-from schemas.kafka import client_config, make_client
+from schemas.kafka import client_config, make_client, message_headers
 from schemas.messages import FeatureVector, Flags, Headers
 from schemas.settings import LaneSettings, Settings
 from tapeline.bookkeeping import Event, Sightings, Source
@@ -198,7 +198,7 @@ class _Reading:
             ledger.features_gone_until_us = gone_until_us
 
     def _record(self, ledger: Ledger, message: Message) -> None:
-        value, headers = message.value(), _headers(message)
+        value, headers = message.value(), message_headers(message)
         event = self._event(value, headers)
         ledger.add_record(
             *_at(message)[1:],
@@ -223,7 +223,7 @@ class _Reading:
     def _feature(self, sharing: Mapping[str, Ledger], message: Message) -> None:
         at, appended_us = _at(message), message.timestamp()[1] * 1000
         try:
-            feature = self._codec.decode_feature(message.value(), _headers(message))
+            feature = self._codec.decode_feature(message.value(), message_headers(message))
         except PoisonRecord as poison:
             next(iter(sharing.values())).add_stray(at, appended_us, f"it is no feature: {poison}")
             return
@@ -240,7 +240,7 @@ class _Reading:
             )
 
     def _letter(self, ledger: Ledger, message: Message) -> None:
-        headers = _headers(message)
+        headers = message_headers(message)
         if any(name == RECEIPT_HEADER for name, _ in headers):
             return
         at, appended_us = _at(message), message.timestamp()[1] * 1000
@@ -389,10 +389,6 @@ def _topics(lanes: Sequence[LaneSettings]) -> list[str]:
 def _at(message: Message) -> Source:
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     return Source(cast("str", topic), cast("int", partition), cast("int", offset))
-
-
-def _headers(message: Message) -> Headers:
-    return cast("Headers", message.headers() or ())
 
 
 def _bits(feature: FeatureVector) -> bytes:

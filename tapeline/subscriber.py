@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as KafkaMessage
 
 from schemas.codec import Codec
 from schemas.errors import ConfigError, PoisonRecord, TransientError
-from schemas.kafka import LOGGER, client_config, make_client
+from schemas.kafka import LOGGER, client_config, make_client, message_headers
 from schemas.messages import FeatureVector, Headers
 from schemas.settings import Settings
 from tapeline.clients import check_kafka, list_offsets, make_admin, missing_topic, settings_or_load
@@ -317,7 +317,7 @@ class FeatureSubscriber:
         if self._symbols is not None and message.key() not in self._symbols:
             return None
         topic, partition, offset = _position(message)
-        headers = cast("Headers", message.headers() or [])
+        headers = message_headers(message)
         try:
             feature = self._codec.decode_feature(message.value(), headers)
         except PoisonRecord as error:

@@ -4,14 +4,13 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, TopicPartition
 
 from schemas.codec import Codec
 from schemas.errors import TransientError
-from schemas.kafka import client_config, make_client
-from schemas.messages import Headers
+from schemas.kafka import client_config, make_client, message_headers
 from schemas.settings import LaneSettings, Settings
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 from tapeline.dlq.index import EVERYTHING, Index, Place, fold
@@ -161,7 +160,7 @@ def read_records(
         id = LetterId(
             lane_of[message.topic() or ""], message.partition() or 0, message.offset() or 0
         )
-        headers = cast(Headers, message.headers() or [])
+        headers = message_headers(message)
         appended_us = message.timestamp()[1] * 1000
         yield classify(codec, id, message.key(), message.value(), headers, appended_us)
 

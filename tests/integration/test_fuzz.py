@@ -1,10 +1,11 @@
 """Ten thousand records that should not be there, through a real broker and a running worker."""
 
+import ctypes
 from collections.abc import Callable
 from random import Random
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition, cimpl
 from fuzzing import START_US, RawRecord, encoded, fuzzed, real_events
 from pipeline import (
     LONG_S,
@@ -91,6 +92,20 @@ def test_a_letter_is_never_too_large_for_the_broker(
     assert sorted(map(_contents, letters)) == sorted(map(_contents, records))
 
 
+def test_a_header_whose_name_is_no_text(make_settings: MakeSettings, small_engine: Engine) -> None:
+    """Other clients may send one; confluent-kafka cannot, and fails on reading it."""
+    settings = make_settings(worker=FEARLESS)
+    good = good_events()
+    with running_worker(settings, small_engine) as worker:
+        produce(settings, good[:1_000], LANE)
+        send_header_name(settings, b"\xff\xfe")
+        produce(settings, good[1_000:], LANE)
+        counts = worker.wait_until_ended(LANE, len(good) + 1)
+        received = features(settings, counts.features)
+    assert counts.dead_letters == 1
+    assert {one.feature.event_id for one in received} == events_with_features(good)
+
+
 def good_events() -> list[MarketEvent]:
     tape = simulate(
         symbols=symbol_names(NUM_SYMBOLS), seed=5, start_time_us=START_US, num_events=NUM_GOOD
@@ -166,3 +181,24 @@ def _contents(record: RawRecord | DeadLetter) -> tuple[bytes, str]:
     """Value and headers in a form that can be sorted; names end at a NUL, as Kafka's clients do."""
     headers = [(name.partition("\0")[0], value) for name, value in record.headers]
     return record.value or b"none", repr(headers)
+
+
+def send_header_name(settings: Settings, name: bytes) -> None:
+    """One record with such a header, by the C library itself: the Python around it wants text."""
+    library = ctypes.CDLL(cimpl.__file__)
+    for function in ("conf_new", "new", "headers_new"):
+        getattr(library, f"rd_kafka_{function}").restype = ctypes.c_void_p
+    error = ctypes.create_string_buffer(512)
+    conf = ctypes.c_void_p(library.rd_kafka_conf_new())
+    servers = settings.kafka.bootstrap_servers.encode()
+    library.rd_kafka_conf_set(conf, b"bootstrap.servers", servers, error, 512)
+    producer = ctypes.c_void_p(library.rd_kafka_new(0, conf, error, 512))
+    headers = ctypes.c_void_p(library.rd_kafka_headers_new(1))
+    size = ctypes.c_ssize_t
+    library.rd_kafka_header_add(headers, name, size(len(name)), b"x", size(1))
+    topic, end, with_topic, with_headers = settings.lane(LANE).topic.encode(), 0, 1, 10
+    assert not library.rd_kafka_producev(
+        producer, with_topic, ctypes.c_char_p(topic), with_headers, headers, end
+    )
+    assert not library.rd_kafka_flush(producer, int(LONG_S * 1000))
+    library.rd_kafka_destroy(producer)

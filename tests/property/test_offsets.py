@@ -97,6 +97,18 @@ def test_rebuilding_windows_makes_no_checkpoint() -> None:
     assert progress.commit_point() is None
 
 
+def test_a_commit_that_was_not_taken_is_said_again() -> None:
+    progress = new_progress()
+    progress.commit_failed()
+    assert progress.commit_point() is None, "there was nothing to take"
+    progress.appended = 105
+    progress.finish(progress.start(105, 0.0))
+    point = progress.commit_point()
+    progress.commit_failed()
+    assert progress.commit_point() == point
+    assert progress.commit_point() is None
+
+
 def test_spans_go_forward_and_finish_once() -> None:
     progress = new_progress()
     with pytest.raises(AssertionError):
