@@ -10,7 +10,7 @@ Zombies are fenced twice: by the group's generation, which travels with the offs
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ from schemas.settings import LaneSettings, Settings
 
 _log = structlog.get_logger(__name__)
 _RETRY_PAUSE_S = 0.05
+_HANG_MARGIN_S = 3.0  # past its own timeout a call will not return any more
+_LOOK_EVERY_S = 1.0
 _MOCK_CLUSTER = "mockCluster"  # how librdkafka's mock broker names its cluster
 
 
@@ -80,6 +82,7 @@ class LaneTransactions:
         self._waiting: deque[Parcel] = deque()
         self._arrived = asyncio.Event()
         self._failing_since_s: float | None = None
+        self._calling_since_s: float | None = None
         self._committed_total = self._aborted_total = 0
 
     async def open(self) -> None:
@@ -109,11 +112,10 @@ class LaneTransactions:
         self._arrived.set()
 
     async def close(self, timeout_s: float) -> None:
-        """Aborts what is under way, and ends the thread."""
-        closed = self._on_thread(self._close)
+        """Aborts what is under way, and ends the thread, unless it hangs."""
         try:
-            async with asyncio.timeout(timeout_s + self._request_timeout_s):
-                await closed
+            async with asyncio.timeout(0 if self._hangs() else timeout_s):
+                await self._on_thread(self._close)
         except TimeoutError:
             _log.warning("transaction_left_open", lane=self._lane, transactional_id=self._id)
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -133,7 +135,7 @@ class LaneTransactions:
         # might name a place that we hold without them, and the broker would let them through.
         place = self._group_metadata()
         try:
-            await self._on_thread(self._transact, messages, points, place)
+            await self._watched(self._on_thread(self._transact, messages, points, place))
         except AssignmentLost as error:
             self._note_abort(error)
             self._void()
@@ -164,6 +166,27 @@ class LaneTransactions:
                 f"lane {self._lane}: no transaction has ended well for {self._deadline_s:g} s; "
                 f"the last one: {error}"
             ) from error
+
+    async def _watched(self, call: Coroutine[Any, Any, None]) -> None:
+        """Waits for a call, but not for one that librdkafka never returns from.
+
+        When a broker restarts, ``send_offsets_to_transaction`` may wait for ever, whatever its
+        timeout (librdkafka 2.16). Raises TransientError: only a new process is rid of it.
+        """
+        running = asyncio.create_task(call)
+        while not running.done():
+            await asyncio.wait([running], timeout=_LOOK_EVERY_S)
+            if self._hangs():
+                raise TransientError(
+                    f"lane {self._lane}: the Kafka client does not return from a transaction; "
+                    "start the worker again"
+                )
+        await running
+
+    def _hangs(self) -> bool:
+        since_s = self._calling_since_s
+        limit_s = self._request_timeout_s + _HANG_MARGIN_S
+        return since_s is not None and time.monotonic() - since_s > limit_s
 
     async def _on_thread(self, call: Callable[..., Any], *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
@@ -222,6 +245,7 @@ class LaneTransactions:
         """Calls until it is done: what librdkafka calls retriable goes on where it stopped."""
         give_up_s = time.monotonic() + self._deadline_s
         while True:
+            self._calling_since_s = time.monotonic()
             try:
                 return call()
             except KafkaException as error:
@@ -233,6 +257,8 @@ class LaneTransactions:
                         f"lane {self._lane}: its transaction does not end: {reason.str()}"
                     ) from error
                 _log.warning("retrying", what="transaction", error=reason.str())
+            finally:
+                self._calling_since_s = None
             time.sleep(_RETRY_PAUSE_S)
 
     def _abort(self, reason: KafkaError) -> TapelineError:

@@ -20,6 +20,8 @@ from schemas.errors import ConfigError
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
 
+_EXIT_GRACE_S = 5.0
+
 
 def check_surroundings(settings: Settings) -> None:
     """Raises ConfigError unless broker, topics and Redis answer."""
@@ -62,7 +64,7 @@ async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> W
         try:
             await worker.run()
         except BaseException:
-            _end_process_after(settings.kafka.timeout_s)  # whatever still hangs in a broker's way
+            _end_process_after(_EXIT_GRACE_S)  # a call into librdkafka or the model may hang
             raise
         finally:
             await inferencer.close()
