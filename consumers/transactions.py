@@ -76,6 +76,9 @@ class LaneTransactions:
                 "transaction.timeout.ms": timeout_ms,
                 "delivery.timeout.ms": min(timeout_ms, int(self._deadline_s * 1000)),
                 "linger.ms": 0,
+                # The broker is still ending the last transaction when the next one begins, and says
+                # so; librdkafka's 100 ms before it asks again would be most of the latency.
+                "retry.backoff.ms": 5,
             },
         )
         self._thread = ThreadPoolExecutor(1, f"transact-{lane.name}")

@@ -64,7 +64,9 @@ def main() -> int:
         ground = Ground(wanted.keep or Path(temporary))
         try:
             for name in wanted.drill or DRILLS:
-                for delivery in wanted.delivery or get_args(Delivery):
+                for delivery in DRILLS[name].deliveries:
+                    if wanted.delivery and delivery not in wanted.delivery:
+                        continue
                     outcome = run_drill(
                         DRILLS[name], ground,
                         seed=wanted.seed, count=wanted.count, delivery=delivery,

@@ -174,6 +174,7 @@ class Drill:
         small_disk_bytes: node 1 keeps its log on a file system of that size; 0: it does not.
         is_clock_faked: workers are the real command with a clock that can be stepped.
         on_serve: workers and model are a Ray Serve application.
+        deliveries: those that can be kept.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Drill:
     small_disk_bytes: int = 0
     is_clock_faked: bool = False
     on_serve: bool = False
+    deliveries: tuple[Delivery, ...] = ("at_least_once", "exactly_once")
 
 
 def run_drill(

@@ -10,8 +10,13 @@ from chaos.scene import Delivery, Ground, run_drill
 
 SEED = 1
 DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
-SHORT = {"worker-kill": 2, "worker-scale": 2, "redis-empty": 1}
-LONG = [name for name in DRILLS if name not in SHORT]
+SHORT = {"worker-kill": 2, "worker-pause": 1, "worker-scale": 2, "redis-empty": 1}
+LONG = [
+    (name, delivery)
+    for name, drill in DRILLS.items()
+    for delivery in drill.deliveries
+    if name not in SHORT
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,7 @@ def test_the_ledger_holds(ground: Ground, name: str, delivery: Delivery) -> None
 
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("delivery", DELIVERIES)
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(("name", "delivery"), LONG)
 def test_the_ledger_holds_in_a_long_drill(ground: Ground, name: str, delivery: Delivery) -> None:
     _hold(ground, name, delivery, count=2)
 
