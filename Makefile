@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos check bench up down setup parts lock
+.PHONY: demo test chaos soak check bench up down setup parts lock
 
 demo: setup  ## the whole processor on this machine, no Kafka, Redis, Java or GPU
 	$(BIN)/tapeline demo
@@ -12,6 +12,9 @@ test: check parts  ## everything, against real Kafka, Redis and Ray
 
 chaos: setup parts  ## the failure drills, long: CHAOS="--drill worker-kill --count 100" chooses
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
+
+soak: setup parts  ## half an hour at a steady rate; exit 1 if something grows
+	$(BIN)/python -m benchmarks.soak
 
 check: setup  ## style, types and layers
 	$(BIN)/ruff format --check .
