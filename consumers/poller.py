@@ -291,9 +291,19 @@ class LanePoller:
             consumer.incremental_unassign(partitions)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on the event loop and waits for it."""
+        """Runs a coroutine on the event loop and waits for it.
+
+        Raises TransientError when the loop is too busy to answer: without its answer the thread
+        can neither keep the partitions nor let them go.
+        """
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result(self._release_timeout_s)
+        try:
+            return future.result(self._release_timeout_s)
+        except TimeoutError as error:
+            raise TransientError(
+                f"lane {self.lane.name}: the worker did not let go of partitions within "
+                f"{self._release_timeout_s:g} s; it is starved of a processor, or stood still"
+            ) from error
 
 
 def _consumer_config(
