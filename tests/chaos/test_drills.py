@@ -10,7 +10,7 @@ from chaos.scene import Delivery, Ground, run_drill
 
 SEED = 1
 DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
-SHORT = {"worker-kill": 2, "worker-pause": 1, "worker-scale": 2, "redis-empty": 1}
+SHORT = {"worker-kill": 2, "worker-scale": 2, "redis-empty": 1}
 LONG = [
     (name, delivery)
     for name, drill in DRILLS.items()
