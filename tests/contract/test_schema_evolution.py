@@ -172,7 +172,7 @@ def test_older_fingerprint_is_resolved(
     older = older_event_schema()
     assert fingerprint(older) != fingerprint(current("market_event"))
     value, headers = written(older, EVENT_FIELDS), [(FINGERPRINT_HEADER, fingerprint(older))]
-    with pytest.raises(Exception, match="unknown Avro fingerprint"):
+    with pytest.raises(Exception, match="unknown fingerprint"):
         Codec(SchemaRegistrySettings()).decode_event(value, headers)
     release("market_event", older)
     codec = Codec(SchemaRegistrySettings())
