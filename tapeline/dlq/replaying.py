@@ -15,7 +15,7 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from consumers.envelopes import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER
-from schemas.kafka import client_config, make_client
+from schemas.kafka import IDEMPOTENT, client_config, make_client
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
 from tapeline.dlq.letters import Closed, Letter, LetterId, Unreadable, receipt_headers
@@ -92,14 +92,12 @@ def replay(
     if rate_hz is not None:
         assert rate_hz > 0
     run = _Replay(settings, check_kafka(settings), delivery_timeout_s, progress)
-    interrupted = False
     # Ctrl-C reaches the main thread alone: in the middle of a callback it would lose an answer.
     with ThreadPoolExecutor(1, "replay") as thread:
         sending = thread.submit(run.send_all, letters, 1 / rate_hz if rate_hz else 0.0)
         try:
             sending.result()
         except KeyboardInterrupt:
-            interrupted = True
             run.stopping.set()
             sending.result()
     return ReplayReport(
@@ -107,7 +105,7 @@ def replay(
         run.num_replayed - run.receipts.num_written,
         run.num_failed,
         tuple(run.first_failures),
-        interrupted or run.cluster_failed,
+        run.stopping.is_set() or run.cluster_failed,
     )
 
 
@@ -133,12 +131,15 @@ class _Replay:
     def send_all(self, letters: Iterable[Letter | Unreadable], pause_s: float) -> None:
         """Sends until there are no more, or no more shall be sent, and waits for the answers."""
         due_s = time.monotonic()
-        for letter in letters:
-            self.wait_until(due_s)
-            if self.cluster_failed or self.stopping.is_set():
-                break
-            self.send(letter)
-            due_s = max(due_s, time.monotonic() - pause_s) + pause_s
+        try:
+            for letter in letters:
+                self.wait_until(due_s)
+                if self.cluster_failed or self.stopping.is_set():
+                    break
+                self.send(letter)
+                due_s = max(due_s, time.monotonic() - pause_s) + pause_s
+        except KeyboardInterrupt:  # raised by what gives the letters
+            self.stopping.set()
         self.finish()
 
     def wait_until(self, due_s: float) -> None:
@@ -262,11 +263,7 @@ def make_producer(settings: Settings, delivery_timeout_s: float) -> Producer:
                 # A broker that refuses one record refuses its whole batch: one letter, one batch.
                 "batch.num.messages": 1,
             },
-            required={
-                "enable.idempotence": True,
-                "acks": "all",
-                "partitioner": "murmur2_random",
-            },
+            required=IDEMPOTENT,
         ),
     )
     return producer
