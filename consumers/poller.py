@@ -26,7 +26,7 @@ from confluent_kafka import (
 from consumers.offsets import decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from schemas.errors import ConfigError, TapelineError, TransientError
-from schemas.kafka import client_config, make_client, message_headers
+from schemas.kafka import client_config, consume_ready, make_client, message_headers
 from schemas.settings import LaneSettings, Settings, WorkerSettings
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ class LanePoller:
                 if self._going_back.is_set():
                     self._go_back()
                 self._note_place()
-                self._hand_over(self._poll())
+                self._hand_over(consume_ready(self._consumer, _MAX_POLLED, _POLL_S))
             self._consumer.close()
         except BaseException as error:
             _log.error("poller_failed", lane=self.lane.name, error=repr(error))
@@ -176,13 +176,6 @@ class LanePoller:
             reason = error or failed[0].error
             _log.warning("commit_failed", lane=self.lane.name, error=str(reason))
             self._loop.call_soon_threadsafe(self._sink.commit_failed, _names(failed))
-
-    def _poll(self) -> list[Message]:
-        """Waits for one message and takes those behind it; asking for many at once would wait."""
-        messages: list[Message] = self._consumer.consume(1, _POLL_S)
-        if messages:
-            messages += self._consumer.consume(_MAX_POLLED - 1, 0)
-        return messages
 
     def _hand_over(self, messages: list[Message]) -> None:
         records = []

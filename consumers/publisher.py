@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from consumers.parcels import Outgoing, Parcel
 from schemas.errors import TransientError
-from schemas.kafka import client_config, make_client
+from schemas.kafka import IDEMPOTENT, client_config, make_client
 from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -33,11 +33,7 @@ def make_producer(settings: Settings, config: Mapping[str, Any]) -> Producer:
                 "message.max.bytes": _MAX_MESSAGE_BYTES,
                 **config,
             },
-            required={
-                "enable.idempotence": True,
-                "acks": "all",
-                "partitioner": "murmur2_random",
-            },
+            required=IDEMPOTENT,
         ),
     )
     return producer

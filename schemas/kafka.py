@@ -14,6 +14,13 @@ from schemas.errors import ConfigError
 from schemas.messages import Headers
 from schemas.settings import Settings
 
+IDEMPOTENT: Mapping[str, Any] = {
+    "enable.idempotence": True,
+    "acks": "all",
+    "partitioner": "murmur2_random",
+}
+"""What every producer of ours must be: no repeats, all in-sync replicas, the Java client's keys."""
+
 LOGGER = logging.getLogger("librdkafka")
 LOGGER.addHandler(logging.NullHandler())  # or Python prints warnings to stderr for want of one
 
@@ -71,3 +78,14 @@ def message_headers(message: Any) -> Headers:
     except (SystemError, UnicodeDecodeError):
         return ()
     return headers or ()
+
+
+def consume_ready(consumer: Any, max_messages: int, timeout_s: float) -> list[Any]:
+    """Waits up to ``timeout_s`` for one message and takes those behind it, up to ``max_messages``.
+
+    Asking for many at once would wait all of the time unless so many arrive.
+    """
+    messages: list[Any] = consumer.consume(1, timeout_s)
+    if messages:
+        messages += consumer.consume(max_messages - 1, 0)
+    return messages

@@ -21,16 +21,14 @@ from consumers.channels import channel_set
 from consumers.envelopes import REPLAYED_FROM_HEADER
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord, TransientError
-from schemas.kafka import client_config, make_client, message_headers
+from schemas.kafka import client_config, consume_ready, make_client, message_headers
 from schemas.messages import FeatureVector, Flags, Headers
 from schemas.settings import LaneSettings, Settings
 from tapeline.bookkeeping import Event, Sightings, Source
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
+from tapeline.dlq.letters import RECEIPT_HEADER
 from tapeline.lag import lane_lags
 from tapeline.ledger import Delivery, Feature, LaneAudit, Ledger, Letter, Violation, judge
-
-RECEIPT_HEADER = "dlq-receipt"
-"""On what the commands of the DLQ note there: no letter."""
 
 ShowProgress = Callable[[int, int], None]
 
@@ -271,8 +269,7 @@ class _Reading:
         try:
             heard_s = time.monotonic()
             while left:
-                messages = consumer.consume(1, _POLL_S)  # asking for many at once would wait
-                messages += consumer.consume(_MAX_POLLED, 0) if messages else []
+                messages = consume_ready(consumer, _MAX_POLLED, _POLL_S)
                 if messages:
                     heard_s = time.monotonic()
                 elif time.monotonic() - heard_s > self._settings.kafka.timeout_s:
@@ -404,7 +401,7 @@ def _digest(value: bytes) -> bytes:
 
 
 def _replayed_from(headers: Headers) -> Source | None:
-    """The record that failed first, as the header of its replay names it."""
+    """The record that failed, as the header of its replay names it."""
     for name, value in headers:
         if name == REPLAYED_FROM_HEADER:
             topic, _, rest = (value or b"").decode(errors="replace").partition(":")

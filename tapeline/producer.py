@@ -17,14 +17,13 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import Codec
 from schemas.errors import ConfigError, TapelineError, TransientError
-from schemas.kafka import client_config, make_client
+from schemas.kafka import IDEMPOTENT, client_config, make_client
 from schemas.messages import Headers, MarketEvent
 from schemas.settings import Settings
 from tapeline.clients import check_kafka, missing_topic, settings_or_load
 
 DEFAULT_LANE = "realtime"
 _STEP_S = 0.1  # of a wait in librdkafka: how long a signal or a close may have to wait
-_REQUIRED = {"enable.idempotence": True, "acks": "all", "partitioner": "murmur2_random"}
 _UNKNOWN_TOPIC = frozenset(
     (
         KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -117,7 +116,7 @@ class _Connection:
                     "linger.ms": 1,
                     "delivery.timeout.ms": int(delivery_timeout_s * 1000),
                 },
-                required=_REQUIRED,
+                required=IDEMPOTENT,
             ),
         )
 

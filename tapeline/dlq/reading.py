@@ -10,7 +10,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, TopicPart
 
 from schemas.codec import Codec
 from schemas.errors import TransientError
-from schemas.kafka import client_config, make_client, message_headers
+from schemas.kafka import client_config, consume_ready, make_client, message_headers
 from schemas.settings import LaneSettings, Settings
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 from tapeline.dlq.index import EVERYTHING, Index, Place, fold
@@ -209,10 +209,7 @@ def _polled(consumer: Consumer, settings: Settings) -> Iterator[Message]:
     last_error = "no answer"
     deadline_s = time.monotonic() + settings.kafka.timeout_s
     while True:
-        # A consume waits its whole time unless so many arrive: one, then those behind it.
-        batch = consumer.consume(1, _POLL_S)
-        batch += consumer.consume(_MAX_POLLED, 0) if batch else []
-        for message in batch:
+        for message in consume_ready(consumer, _MAX_POLLED, _POLL_S):
             error = message.error()
             if error is not None and error.code() != KafkaError._PARTITION_EOF:
                 last_error = error.str()
