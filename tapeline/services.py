@@ -34,8 +34,12 @@ _TOOL_TIMEOUT_S = 60.0
 _NUM_LAST_WORDS = 4
 _ERROR = re.compile("error|fatal|exception", re.IGNORECASE)
 _HEAP = ("-Xms256m", "-Xmx512m")
-# G1 with Kafka's own pause target: a pause of the broker is latency in every lane.
-_JVM = (*_HEAP, "-server", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-Djava.awt.headless=true")
+# G1 with Kafka's own pause target: a pause of the broker is latency in every lane. C1 alone: on two
+# cores C2 compiled for most of a broker's first minute, and took the processor's time for it.
+_JVM = (
+    *_HEAP, "-server", "-XX:TieredStopAtLevel=1", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20",
+    "-Djava.awt.headless=true",
+)  # fmt: skip
 
 
 def ops_folder() -> Path:
