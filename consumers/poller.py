@@ -27,7 +27,8 @@ from consumers.offsets import decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from schemas.errors import ConfigError, TapelineError, TransientError
 from schemas.kafka import client_config, consume_ready, make_client, message_headers
-from schemas.settings import LaneSettings, Settings, WorkerSettings
+from schemas.lanes import LaneSettings
+from schemas.settings import Settings, WorkerSettings
 
 T = TypeVar("T")
 
@@ -49,6 +50,9 @@ class RecordSink(Protocol):
     def num_queued(self, lane: str) -> int:
         """Records of the lane that wait."""
 
+    def max_queued(self, lane: str) -> int:
+        """How many records of the lane may wait."""
+
     def commit_failed(self, partitions: Sequence[Partition]) -> None:
         """The last commit of these was not taken."""
 
@@ -62,8 +66,8 @@ class RecordSink(Protocol):
 class LanePoller:
     """Polls one lane in a thread of its own.
 
-    Backpressure: at ``max_queued_records`` waiting in the sink the partitions are paused, at half
-    of it they are resumed.
+    Backpressure: at the sink's ``max_queued`` the lane's partitions are paused, at half of it they
+    are resumed.
 
     Args:
         instance_id: this worker's lasting name, if it is a static member of the group.
@@ -147,7 +151,8 @@ class LanePoller:
                     self._go_back()
                 if time.monotonic() - self._place_noted_s > _NOTE_PLACE_EVERY_S:
                     self._note_place()
-                self._hand_over(consume_ready(self._consumer, _MAX_POLLED, _POLL_S))
+                num_wanted = min(self._sink.max_queued(self.lane.name), _MAX_POLLED)
+                self._hand_over(consume_ready(self._consumer, num_wanted, _POLL_S))
             self._consumer.close()
         except BaseException as error:
             _log.error("poller_failed", lane=self.lane.name, error=repr(error))
@@ -184,11 +189,12 @@ class LanePoller:
 
     def _hand_over(self, messages: list[Message]) -> None:
         records = []
+        polled_us = time.time_ns() // 1000
         for message in messages:
             if error := message.error():
                 _raise_unless_passing(error, self.lane)
                 continue
-            records.append(_record(self.lane.name, message))
+            records.append(_record(self.lane.name, message, polled_us))
         if records:
             self._handed_over += len(records)
             self._loop.call_soon_threadsafe(self._put_records, records)
@@ -200,7 +206,7 @@ class LanePoller:
     def _adjust_pause(self) -> None:
         in_hand_over = self._handed_over - self._put
         queued = self._sink.num_queued(self.lane.name) + in_hand_over
-        limit = self.lane.max_queued_records
+        limit = self._sink.max_queued(self.lane.name)
         if not self._paused and queued >= limit:
             self._consumer.pause(self._consumer.assignment())
             self._paused = True
@@ -344,7 +350,9 @@ def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, An
     }
 
 
-def _record(lane: str, message: Any) -> Record:  # confluent's own types allow for errors here
+def _record(
+    lane: str, message: Any, polled_us: int
+) -> Record:  # confluent's own types allow for errors here
     partition = (message.topic(), message.partition())
     appended_us = message.timestamp()[1] * 1000
     return Record(
@@ -355,6 +363,7 @@ def _record(lane: str, message: Any) -> Record:  # confluent's own types allow f
         message.value(),
         message_headers(message),
         appended_us,
+        polled_us,
     )
 
 
@@ -375,8 +384,10 @@ def _raise_unless_passing(error: KafkaError, lane: LaneSettings) -> None:
         raise ConfigError(
             f"lane {lane.name}: {error.str()}; create its topics with `tapeline topics --create`"
         )
-    if error.fatal():
-        raise TapelineError(f"lane {lane.name}: {error.str()}")
+    # As a message it has the code, and does not call itself fatal (confluent-kafka 2.16). Nothing
+    # comes from this consumer any more.
+    if error.fatal() or error.code() == KafkaError._FATAL:
+        raise TapelineError(f"lane {lane.name}: {error.str()}; start this worker again")
     _log.warning("poll_error", lane=lane.name, error=error.str())
 
 

@@ -205,6 +205,32 @@ def test_a_static_member_is_back_without_a_rebalance(
     assert_once_and_in_order(received)
 
 
+@pytest.mark.parametrize("group_protocol", ["classic", "consumer"])
+def test_of_two_static_members_with_one_name_one_ends(
+    make_settings: MakeSettings, engine: Engine, group_protocol: str
+) -> None:
+    """The older in a classic group, the newer with KIP-848: never both, one of them deaf."""
+    settings = make_settings(
+        worker={
+            "static_membership": True,
+            "instance_id": "the-same",
+            "group_protocol": group_protocol,
+        }
+    )
+    ensure_topics(settings)
+    events = tape(400)
+    workers = [RunningWorker(settings, local(engine))]
+    wait_until(lambda: workers[0].statistics().num_partitions == 20, LONG_S, "the first to own all")
+    workers.append(RunningWorker(settings, local(engine)))
+    wait_until(lambda: not all(one.is_alive for one in workers), LONG_S, "one of them to end")
+    ended, lives = sorted(workers, key=lambda one: one.is_alive)
+    with pytest.raises(TapelineError, match="start this worker again"):
+        ended.join()
+    produce(settings, events, "realtime")
+    assert len(features(settings, owed(events), idle_timeout_s=20)) == owed(events)
+    lives.stop()
+
+
 class Picky(LocalInferencer):
     """The engine, but for the windows that it does not like."""
 
