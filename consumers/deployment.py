@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -15,6 +16,9 @@ from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
 from inference.client import ServeInferencer
+from inference.redeploy import with_version
+from schemas.live import fixed_version, live_part, with_live_part
+from schemas.placement import pin_process
 from schemas.settings import Settings
 
 DEPLOYMENT_NAME = "worker"
@@ -31,6 +35,8 @@ class StreamWorker:
         self, settings: Settings, model: DeploymentHandle[Any]
     ) -> None:
         configure_logging()
+        pin_process("worker.cpu_affinity", settings.worker.cpu_affinity)
+        self._settings = settings
         self._first_seen = await open_first_seen(settings.redis)
         rank = serve.get_replica_context().rank
         self._worker = Worker(
@@ -38,8 +44,19 @@ class StreamWorker:
             ServeInferencer(model),
             self._first_seen,
             instance_id=replica_name(settings, rank.rank if rank else 0),
+            num_replicas=settings.model.num_replicas,
         )
         self._running = asyncio.create_task(self._worker.run())
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve calls it at the start, and when an application is deployed again whose shares,
+        deadlines or limits alone differ.
+        """
+        self._worker.configure(with_live_part(self._settings, user_config))
+
+    async def settings(self) -> Settings:
+        """What the replica was started with."""
+        return self._settings
 
     async def check_health(self) -> None:
         """Raises what ended the loop, or which partitions have stalled.
@@ -76,9 +93,11 @@ def build_worker_deployment(settings: Settings, model: Application) -> Applicati
     drain_s = settings.worker.drain_timeout_s + 2 * settings.kafka.timeout_s
     as_deployment = serve.deployment(
         name=DEPLOYMENT_NAME,
+        user_config=live_part(settings),
         num_replicas=settings.serve.num_workers,
         graceful_shutdown_timeout_s=drain_s + 10,
         ray_actor_options={"num_cpus": settings.serve.worker_num_cpus},
         logging_config={"enable_access_log": False},
     )
-    return as_deployment(StreamWorker).bind(settings, model)
+    version = fixed_version(settings)
+    return with_version(as_deployment(StreamWorker), version).bind(settings, model)

@@ -1,12 +1,13 @@
 """What a worker sends: features and dead letters as Kafka messages, headers included."""
 
+from consumers.budget import BatchTimes, timing_header
 from consumers.parcels import Outgoing
 from consumers.records import Record
 from inference.client import Inference
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
+from schemas.lanes import LaneSettings
 from schemas.messages import DeadLetter, FeatureVector, Flags, MarketEvent
-from schemas.settings import LaneSettings
 
 SOURCE_APPENDED_HEADER = "source-appended-us"
 TRACE_HEADER = "traceparent"
@@ -22,12 +23,21 @@ class Envelopes:
     Args:
         channels_version: of the windows that the features come from.
         score_names: of the model's scores, in their order.
+        says_timing: features carry where their time went, in a header.
     """
 
-    def __init__(self, codec: Codec, channels_version: str, score_names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        channels_version: str,
+        score_names: tuple[str, ...],
+        *,
+        says_timing: bool = False,
+    ) -> None:
         self._codec = codec
         self._channels_version = channels_version
         self._score_names = score_names
+        self._says_timing = says_timing
 
     def feature(
         self,
@@ -37,6 +47,7 @@ class Envelopes:
         inference: Inference,
         row: int,
         flags: Flags,
+        times: BatchTimes,
     ) -> Outgoing:
         """The feature of one event: row ``row`` of ``inference``. Keyed by symbol.
 
@@ -61,9 +72,11 @@ class Envelopes:
         )
         value, headers = self._codec.encode_feature(feature)
         appended = (SOURCE_APPENDED_HEADER, str(record.appended_us).encode())
-        traces = [one for one in record.headers if one[0] == TRACE_HEADER]
+        more = [one for one in record.headers if one[0] == TRACE_HEADER]
+        if self._says_timing:
+            more.append(timing_header(record, times))
         return Outgoing(
-            lane.output_topic, event.symbol.encode(), value, [*headers, appended, *traces]
+            lane.output_topic, event.symbol.encode(), value, [*headers, appended, *more]
         )
 
     def dead_letter(

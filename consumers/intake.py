@@ -3,7 +3,7 @@
 import asyncio
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from consumers.retry import retrying
 from consumers.windows import WindowStore
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
-from schemas.messages import MarketEvent
+from schemas.lanes import LaneSettings
+from schemas.messages import Flags, MarketEvent
 from schemas.settings import Settings
 
 
@@ -49,6 +50,7 @@ class MicroBatch:
         items, flags: one each per window.
         windows: float32, (B, C, T).
         letters: poison records and why.
+        taken_us, given_us: when its records left their queues, and when it was ready for the model.
         spans: what these records keep from being committed.
         turns: done when the earlier micro-batches of the same partitions are on their way out.
         published: done when this one is.
@@ -59,6 +61,8 @@ class MicroBatch:
     flags: NDArray[np.uint8]
     windows: NDArray[np.float32]
     letters: list[Letter]
+    taken_us: int
+    given_us: int
     spans: list[tuple[PartitionProgress, Span]]
     turns: list[asyncio.Future[None]]
     published: asyncio.Future[None]
@@ -75,8 +79,8 @@ class Intake:
         windows: WindowStore,
         codec: Codec,
         counts: Mapping[str, LaneCounts],
+        clock: Callable[[], float],
     ) -> None:
-        self._lanes = {lane.name: lane for lane in settings.active_lanes}
         self._max_message_bytes = settings.worker.max_message_bytes
         self._retry_deadline_s = settings.worker.retry_deadline_s
         self._across_lanes = settings.redis.across_lanes
@@ -85,19 +89,29 @@ class Intake:
         self._windows = windows
         self._codec = codec
         self._counts = counts
+        self._clock = clock
+        self.configure(settings.active_lanes)
+
+    def configure(self, lanes: Sequence[LaneSettings]) -> None:
+        """Other settings of the same lanes, from the next micro-batch on."""
+        self._lanes = {lane.name: lane for lane in lanes}
 
     async def prepare(self, records: list[Record]) -> MicroBatch:
         """Decodes, drops duplicates and fills windows.
 
         Raises TransientError when a Schema Registry stays away for ``retry_deadline_s``.
         """
+        taken_us = self._now_us()
         owners = {one.partition: self._assignments[one.partition] for one in records}
         live, spans = self._start_spans(records, owners)
         items, letters = await retrying(
             "decode", lambda: self._decode(records, owners), self._retry_deadline_s
         )
         items = await self._drop_duplicates(items)
-        return self._append(live, self._drop_abandoned(items), letters, spans)
+        return self._append(live, self._drop_abandoned(items), letters, spans, taken_us)
+
+    def _now_us(self) -> int:
+        return int(self._clock() * 1e6)
 
     def _start_spans(
         self, records: Sequence[Record], owners: Mapping[Partition, PartitionProgress]
@@ -174,12 +188,20 @@ class Intake:
         items: list[Item],
         letters: list[Letter],
         spans: list[tuple[PartitionProgress, Span]],
+        taken_us: int,
     ) -> MicroBatch:
         """Adds the events to their windows and takes out those that the model shall see."""
         lanes = [self._lanes[item.record.lane] for item in items]
-        wanted = [
-            item.is_live and _is_sampled(item.event, lane.stride)
+        now_us = self._now_us()
+        skipped = [
+            lane.expired == "skip"
+            and item.is_live
+            and lane.is_late(item.record.appended_us, now_us)
             for item, lane in zip(items, lanes, strict=True)
+        ]
+        wanted = [
+            item.is_live and not skip and _is_sampled(item.event, lane.stride)
+            for item, lane, skip in zip(items, lanes, skipped, strict=True)
         ]
         appended = self._windows.append(
             [item.record.partition for item in items],
@@ -188,11 +210,21 @@ class Intake:
             np.array(wanted, bool),
             np.array([int(lane.min_interval_ms * 1000) for lane in lanes], np.int64),
         )
-        for item, full, given in zip(items, appended.full, appended.given, strict=True):
+        flags = appended.flags
+        for row, (item, full, given) in enumerate(
+            zip(items, appended.full, appended.given, strict=True)
+        ):
             item.progress.appended = item.record.offset + 1
-            if item.is_live and not full:
+            if given:
+                flags[row] |= _flag_of_skipped(item)
+            elif not item.is_live:
+                continue
+            elif not full:
                 self._counts[item.record.lane].warm_up += 1
-            elif item.is_live and not given:
+            elif skipped[row]:
+                self._counts[item.record.lane].skipped += 1
+                item.progress.passed_over.add((item.event.venue, item.event.symbol))
+            else:
                 self._counts[item.record.lane].thinned += 1
 
         published: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -200,9 +232,11 @@ class Intake:
         return MicroBatch(
             live=live,
             items=[item for item, given in zip(items, appended.given, strict=True) if given],
-            flags=appended.flags[appended.given],
+            flags=flags[appended.given],
             windows=appended.windows,
             letters=letters,
+            taken_us=taken_us,
+            given_us=self._now_us(),
             spans=spans,
             turns=self._assignments.line_up(open_partitions, published),
             published=published,
@@ -212,6 +246,15 @@ class Intake:
 def _is_sampled(event: MarketEvent, stride: int) -> bool:
     """One event in ``stride``, by a hash of its id: a replay chooses the same ones."""
     return stride == 1 or zlib.crc32(event.event_id.encode()) % stride == 0
+
+
+def _flag_of_skipped(item: Item) -> Flags:
+    """SKIPPED, once, if events of its symbol have been skipped since its last feature."""
+    passed_over = item.progress.passed_over
+    if not passed_over or (key := (item.event.venue, item.event.symbol)) not in passed_over:
+        return Flags(0)
+    passed_over.remove(key)
+    return Flags.SKIPPED
 
 
 def _replayed_from(record: Record) -> str | None:

@@ -3,27 +3,29 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import Collector
 
 from consumers.assignments import StalledHead
+from consumers.budget import LatencyBudget
 from consumers.dedup import FirstSeenStatistics
+from consumers.guard import GuardStatistics
 from consumers.transactions import TransactionStatistics
 from consumers.windows import WindowStatistics
 
 
 @dataclass(slots=True)
 class LaneCounts:
-    """What became of a lane's records. Every live record ends in exactly one of the five ends.
+    """What became of a lane's records. Every live record ends in exactly one of these ends.
 
-    records = features + warm_up + thinned + duplicates + dead_letters + those still in flight.
+    records = features + warm_up + skipped + thinned + duplicates + dead_letters + in flight.
     """
 
     records: int = 0  # polled, at or after the committed offset
     replayed: int = 0  # polled again to rebuild windows; owed nothing
     features: int = 0
     warm_up: int = 0  # the symbol's window was not full
+    skipped: int = 0  # past the deadline of a lane that says so; in their windows all the same
     thinned: int = 0  # left out because the lane asks for a stride or a least interval
     duplicates: int = 0
     dead_letters: int = 0
@@ -37,7 +39,7 @@ class LaneCounts:
     @property
     def in_flight(self) -> int:
         """Records without an end yet."""
-        ended = self.features + self.warm_up + self.thinned + self.duplicates
+        ended = self.features + self.warm_up + self.skipped + self.thinned + self.duplicates
         return self.records - ended - self.dead_letters - self.abandoned
 
 
@@ -48,6 +50,9 @@ class WorkerStatistics:
     Attributes:
         lanes: counts since the start, by lane.
         batch_sizes: how many micro-batches had so many windows, rounded up to a power of two.
+        service_s: seconds that the model takes for a micro-batch, by bucket, as learned.
+        scheduled: records given to micro-batches, by lane.
+        guard: what is in use of the machine, and what the worker does without because of it.
         queued: records waiting, by lane.
         transactions: by lane; empty unless delivery is ``exactly_once``.
         stalled: partitions whose oldest record is in flight for longer than ``stall_after_s``.
@@ -59,6 +64,9 @@ class WorkerStatistics:
     lanes: Mapping[str, LaneCounts]
     queued: Mapping[str, int]
     batch_sizes: Mapping[int, int]
+    service_s: Mapping[int, float]
+    scheduled: Mapping[str, int]
+    guard: GuardStatistics
     num_partitions: int
     windows: WindowStatistics
     first_seen: FirstSeenStatistics
@@ -68,25 +76,12 @@ class WorkerStatistics:
     num_tasks: int
 
 
-_LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30)
-
-
-def latency_histogram(registry: CollectorRegistry) -> Histogram:
-    """``tapeline_latency_seconds``: from the event's append to its feature's acknowledgement."""
-    return Histogram(
-        "tapeline_latency_seconds",
-        "From the append of an event to the acknowledgement of its feature.",
-        ["lane"],
-        buckets=_LATENCY_BUCKETS_S,
-        registry=registry,
-    )
-
-
 class WorkerCollector(Collector):
     """Turns a worker's statistics into metrics when Prometheus asks; costs nothing otherwise."""
 
-    def __init__(self, statistics: Callable[[], WorkerStatistics]) -> None:
+    def __init__(self, statistics: Callable[[], WorkerStatistics], budget: LatencyBudget) -> None:
         self._statistics = statistics
+        self._budget = budget
 
     def collect(self) -> Iterator[Metric]:
         now = self._statistics()
@@ -100,6 +95,9 @@ class WorkerCollector(Collector):
             queued.add_metric([lane], now.queued[lane])
         yield records
         yield queued
+        yield from self._budget.collect()
+        yield from _scheduler_metrics(now)
+        yield from _guard_metrics(now)
         yield GaugeMetricFamily(
             "tapeline_assigned_partitions", "Partitions of this worker.", now.num_partitions
         )
@@ -115,6 +113,57 @@ class WorkerCollector(Collector):
             "1 while Redis does not answer and duplicates are known to this worker alone.",
             now.first_seen.degraded,
         )
+
+
+def _scheduler_metrics(now: WorkerStatistics) -> Iterator[Metric]:
+    scheduled = CounterMetricFamily(
+        "tapeline_scheduled_records", "Records given to micro-batches.", labels=["lane"]
+    )
+    for lane, num_records in now.scheduled.items():
+        scheduled.add_metric([lane], num_records)
+    yield scheduled
+    service = GaugeMetricFamily(
+        "tapeline_service_seconds",
+        "What the model takes for a micro-batch, by batch bucket, as learned.",
+        labels=["bucket"],
+    )
+    for bucket, seconds in now.service_s.items():
+        service.add_metric([str(bucket)], seconds)
+    yield service
+
+
+def _guard_metrics(now: WorkerStatistics) -> Iterator[Metric]:
+    guard = now.guard
+    used = GaugeMetricFamily(
+        "tapeline_resource_used_ratio",
+        "What is in use of a resource, at the guard's last look.",
+        labels=["resource"],
+    )
+    for resource, fraction in guard.usage._asdict().items() if guard.usage else ():
+        if fraction is not None:
+            used.add_metric([resource], fraction)
+    yield used
+    yield CounterMetricFamily(
+        "tapeline_guard_looks", "Looks at what is in use of the machine.", guard.num_looks
+    )
+    steps = CounterMetricFamily(
+        "tapeline_guard_steps",
+        "Steps that the guard took, by the resource that asked for them.",
+        labels=["resource", "step"],
+    )
+    for (resource, step), num_steps in guard.steps.items():
+        steps.add_metric([resource, step], num_steps)
+    yield steps
+    yield GaugeMetricFamily(
+        "tapeline_guard_halvings", "How often the largest micro-batch is halved now.",
+        guard.restraint.shrunk_by,
+    )  # fmt: skip
+    held = GaugeMetricFamily(
+        "tapeline_lane_held", "1 while a lane gets its reserved share alone.", labels=["lane"]
+    )
+    for lane in now.lanes:
+        held.add_metric([lane], lane in guard.restraint.held)
+    yield held
 
 
 def _delivery_metrics(now: WorkerStatistics) -> Iterator[Metric]:

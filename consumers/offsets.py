@@ -56,6 +56,8 @@ class PartitionProgress:
         self.appended = assignment.replay_from
         """The next offset that the windows have not seen."""
         self.closed = False
+        self.passed_over: set[tuple[str, str]] = set()
+        """Venue and symbol of events that were skipped, until the symbol's next feature."""
         self._committed = assignment.live_from
         self._spans: deque[Span] = deque()
         self._checkpoints = deque([(assignment.live_from, assignment.replay_from)])

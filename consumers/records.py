@@ -13,6 +13,7 @@ class Record(NamedTuple):
 
     Attributes:
         appended_us: the broker's timestamp; Unix epoch, microseconds (of millisecond resolution).
+        polled_us: when the poller had it, on this machine's clock.
     """
 
     lane: str
@@ -22,6 +23,7 @@ class Record(NamedTuple):
     value: bytes | None
     headers: Headers
     appended_us: int
+    polled_us: int = 0
 
     @property
     def source(self) -> str:

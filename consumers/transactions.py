@@ -23,7 +23,8 @@ from consumers.parcels import Outgoing, Parcel
 from consumers.publisher import make_producer
 from consumers.records import CommitPoint
 from schemas.errors import AssignmentLost, ConfigError, TapelineError, TransientError
-from schemas.settings import LaneSettings, Settings
+from schemas.lanes import LaneSettings
+from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _RETRY_PAUSE_S = 0.05

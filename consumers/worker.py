@@ -7,35 +7,40 @@ Serve replica.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 from prometheus_client.registry import REGISTRY, CollectorRegistry
 
 from consumers.assignments import Assignments, StalledHead
 from consumers.bisection import Row, infer_each
-from consumers.breaker import DeadLetterBreaker
+from consumers.budget import BatchTimes, LatencyBudget
 from consumers.channels import channel_set
 from consumers.dedup import FirstSeen
-from consumers.envelopes import Envelopes
-from consumers.intake import Intake, Letter, MicroBatch
-from consumers.metrics import LaneCounts, WorkerCollector, WorkerStatistics, latency_histogram
+from consumers.guard import ResourceGuard, Restraint
+from consumers.intake import Intake, MicroBatch
+from consumers.metrics import LaneCounts, WorkerCollector, WorkerStatistics
+from consumers.packing import Packer
 from consumers.parcels import Outlet, Parcel
 from consumers.poller import LanePoller
 from consumers.publisher import Publisher
 from consumers.records import Assignment, CommitPoint, Partition, Record
+from consumers.resources import ResourceMeter
 from consumers.retry import retrying
 from consumers.scheduler import LaneScheduler
+from consumers.service_times import ServiceTimes
 from consumers.transactions import LaneTransactions
 from consumers.windows import WindowStore
-from inference.client import Inferencer, ModelDescription
+from inference.client import Inference, Inferencer, ModelDescription
 from schemas.codec import Codec
 from schemas.errors import ConfigError, PoisonRecord, TapelineError
-from schemas.messages import Flags
-from schemas.settings import LaneSettings, Settings
+from schemas.live import demand_only_live, live_part
+from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _WATCH_EVERY_S = 1.0
@@ -51,6 +56,7 @@ class Worker:
         inferencer: the model; closed by whoever made it, as is ``first_seen``.
         instance_id: a name that no other worker has now and that this one has again after a
             restart; ``exactly_once`` and ``static_membership`` need it.
+        num_replicas: micro-batches that the model works on at once.
         clock: Unix time in seconds, for what is stamped on messages.
     """
 
@@ -61,6 +67,7 @@ class Worker:
         first_seen: FirstSeen,
         *,
         instance_id: str | None = None,
+        num_replicas: int = 1,
         registry: CollectorRegistry = REGISTRY,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -73,21 +80,28 @@ class Worker:
         self._instance_id = instance_id
         self._clock = clock
         self._codec = Codec(settings.schema_registry)
-        self._scheduler = LaneScheduler(settings.active_lanes)
+        self._service_times = ServiceTimes(num_replicas)
+        self._scheduler = LaneScheduler(
+            settings.active_lanes,
+            self._service_times,
+            max_batch=worker.max_batch,
+            max_service_share=worker.max_service_share,
+        )
         self._windows = WindowStore(channel_set(settings.window.channel_set), settings.window)
         self._assignments = Assignments(self._windows)
         self._counts = {name: LaneCounts() for name in self._lanes}
         self._intake = Intake(
-            settings, first_seen, self._assignments, self._windows, self._codec, self._counts
+            settings,
+            first_seen,
+            self._assignments,
+            self._windows,
+            self._codec,
+            self._counts,
+            clock,
         )
-        self._breakers = {
-            name: DeadLetterBreaker(
-                name, max_ratio=worker.dlq_max_ratio, max_consecutive=worker.dlq_max_consecutive
-            )
-            for name in self._lanes
-        }
         self._batch_sizes: Counter[int] = Counter()
         self._model: ModelDescription | None = None
+        self._packer: Packer | None = None
         self._pollers: dict[str, LanePoller] = {}
         self._outlets: dict[str, Outlet] = {}
         self._slots = asyncio.Semaphore(worker.max_in_flight)
@@ -101,8 +115,9 @@ class Worker:
         self._stalled: tuple[StalledHead, ...] = ()
         self._finishing: set[asyncio.Task[None]] = set()
         self._num_tasks = 0
-        self._latency = latency_histogram(registry)
-        registry.register(WorkerCollector(self.statistics))
+        self._guard = ResourceGuard(settings.guard, settings.active_lanes, worker.max_batch)
+        self._budget = LatencyBudget(list(self._lanes))
+        registry.register(WorkerCollector(self.statistics, self._budget))
 
     async def run(self) -> None:
         """Works until ``stop``; then finishes what is in flight, commits and leaves the group.
@@ -114,13 +129,16 @@ class Worker:
             TapelineError: another worker has this one's name, and fenced it.
         """
         self._model = model = await self._describe_model()
-        self._envelopes = Envelopes(self._codec, self._windows.channels.version, model.score_names)
+        self._service_times.expect(model.bucket_s)
+        self._guard.watch(self._settings.guard.watched(model.device))
+        self._packer = Packer(self._settings, self._codec, model, self._counts)
         self._connect()
         outlets = set(self._outlets.values())
         try:
             await asyncio.gather(*(outlet.open() for outlet in outlets))
             async with asyncio.TaskGroup() as self._tasks:
                 working = [self._step_forever(), self._commit_regularly(), self._watch()]
+                working += [self._look_at_resources(model.device != "cpu")]
                 working += [outlet.run() for outlet in outlets]
                 working += [_surface(poller.failure) for poller in self._pollers.values()]
                 running = [self._tasks.create_task(work) for work in working]
@@ -170,6 +188,26 @@ class Worker:
     async def _close_pollers(self) -> None:
         await asyncio.gather(*(poller.close() for poller in self._pollers.values()))
 
+    def configure(self, settings: Settings) -> None:
+        """Takes other shares, deadlines and limits, from the next micro-batch on.
+
+        Raises ConfigError, and changes nothing, if anything else differs.
+        """
+        demand_only_live(self._settings, settings)
+        self._settings, self._limits = settings, settings.worker
+        lanes = settings.active_lanes
+        self._lanes = {lane.name: lane for lane in lanes}
+        self._scheduler.configure(
+            lanes,
+            max_batch=self._limits.max_batch,
+            max_service_share=self._limits.max_service_share,
+        )
+        self._intake.configure(lanes)
+        if self._packer:
+            self._packer.configure(lanes)
+        self._guard.configure(self._limits.max_batch)
+        _log.info("settings_changed", **live_part(settings))
+
     def stop(self) -> None:
         """Asks ``run`` to end; returns at once."""
         self._stopping.set()
@@ -188,6 +226,9 @@ class Worker:
             lanes={name: replace(counts) for name, counts in self._counts.items()},
             queued={name: self._scheduler.num_queued(name) for name in self._lanes},
             batch_sizes=dict(sorted(self._batch_sizes.items())),
+            service_s=self._service_times.table(),
+            scheduled=self._scheduler.num_taken(),
+            guard=self._guard.statistics(),
             num_partitions=len(self._assignments),
             windows=self._windows.statistics(),
             first_seen=self._first_seen.statistics(),
@@ -208,13 +249,13 @@ class Worker:
             await self._step()
 
     async def _step(self) -> None:
-        """One micro-batch: all that waits when a slot is free, on its way to the model."""
+        """One micro-batch: what the scheduler gives when a slot is free, sent to the model."""
         await self._room.acquire()
         await self._slots.acquire()
         while not len(self._scheduler):
             self._arrived.clear()
             await self._arrived.wait()
-        records = self._scheduler.take(self._limits.max_batch)
+        records = self._scheduler.take(self._now_us())
         batch = await self._intake.prepare(records)
         finish = self._finish(batch)
         try:
@@ -231,11 +272,13 @@ class Worker:
             rows = await self._infer(batch)
         finally:
             self._slots.release()
+        times = BatchTimes(batch.taken_us, batch.given_us, self._now_us())
         for turn in batch.turns:
             await turn
-        parcels = self._pack(batch, rows)
+        assert self._packer
+        parcels = self._packer.pack(batch, rows, times, self._now_us())
         for parcel in parcels:
-            parcel.delivered.add_done_callback(partial(self._settle, parcel))
+            parcel.delivered.add_done_callback(partial(self._settle, parcel, times))
             await self._outlets[parcel.lane].send(parcel)
         batch.published.set_result(None)
         for parcel in parcels:
@@ -252,66 +295,18 @@ class Worker:
         self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
         return await infer_each(
             lambda windows: retrying(
-                "infer", lambda: self._inferencer.infer(windows), self._limits.retry_deadline_s
+                "infer", lambda: self._call_model(windows), self._limits.retry_deadline_s
             ),
             batch.windows,
         )
 
-    def _pack(self, batch: MicroBatch, rows: Sequence[Row | PoisonRecord]) -> list[Parcel]:
-        """Features and dead letters; none for a partition that was taken away meanwhile.
+    async def _call_model(self, windows: NDArray[np.float32]) -> Inference:
+        begun_s = time.monotonic()
+        inference = await self._inferencer.infer(windows)
+        self._service_times.observe(len(windows), begun_s, time.monotonic())
+        return inference
 
-        Raises DeadLetterFlood.
-        """
-        now_us = int(self._clock() * 1e6)
-        parcels = {
-            progress.partition: Parcel(self._lane_of[progress.partition[0]], progress, span)
-            for progress, span in batch.spans
-            if not progress.closed
-        }
-        letters = list(batch.letters)
-        for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
-            if isinstance(row, PoisonRecord):
-                letters.append((item.record, row))
-            elif item.progress.closed:
-                self._counts[item.record.lane].abandoned += 1
-            else:
-                lane = self._lanes[item.record.lane]
-                flags = Flags(int(batch.flags[index]))
-                if _is_stale(lane, item.record, now_us):
-                    flags |= Flags.STALE
-                parcel = parcels[item.record.partition]
-                parcel.features.append(item.record)
-                parcel.messages.append(
-                    self._envelopes.feature(lane, item.record, item.event, *row, flags)
-                )
-        self._watch_for_flood(batch, letters)
-        for letter in letters:
-            self._pack_letter(parcels, letter, now_us)
-        return list(parcels.values())
-
-    def _pack_letter(
-        self, parcels: Mapping[Partition, Parcel], letter: Letter, now_us: int
-    ) -> None:
-        record, poison = letter
-        lane = self._lanes[record.lane]
-        if (parcel := parcels.get(record.partition)) is None:
-            self._counts[lane.name].abandoned += 1
-            return
-        assert self._model
-        version = self._model.model_version
-        parcel.letters.append(letter)
-        parcel.messages.append(self._envelopes.dead_letter(lane, record, poison, now_us, version))
-
-    def _watch_for_flood(self, batch: MicroBatch, letters: Sequence[Letter]) -> None:
-        poisoned = {(record.partition, record.offset) for record, _ in letters}
-        ends: dict[str, list[bool]] = {}
-        for record in batch.live:
-            is_letter = bool(poisoned) and (record.partition, record.offset) in poisoned
-            ends.setdefault(record.lane, []).append(is_letter)
-        for lane, are_letters in ends.items():
-            self._breakers[lane].observe(are_letters)
-
-    def _settle(self, parcel: Parcel, delivered: asyncio.Future[bool]) -> None:
+    def _settle(self, parcel: Parcel, times: BatchTimes, delivered: asyncio.Future[bool]) -> None:
         """Counts what became of a parcel's records, and lets its partition advance."""
         if delivered.cancelled() or delivered.exception():
             return  # ``_finish`` raises it
@@ -319,12 +314,10 @@ class Worker:
         if not delivered.result():
             counts.abandoned += len(parcel.features) + len(parcel.letters)
             return
-        now_us = int(self._clock() * 1e6)
+        now_us = self._now_us()
         counts.features += len(parcel.features)
-        latency = self._latency.labels(parcel.lane)
-        for record in parcel.features:
-            counts.stale += _is_stale(lane, record, now_us)
-            latency.observe((now_us - record.appended_us) / 1e6)
+        counts.stale += sum(lane.is_stale(record.appended_us, now_us) for record in parcel.features)
+        self._budget.observe(parcel.lane, parcel.features, times, now_us)
         for record, poison in parcel.letters:
             counts.dead_letters += 1
             _log.warning(
@@ -343,6 +336,10 @@ class Worker:
     def num_queued(self, lane: str) -> int:
         """Records of the lane that wait."""
         return self._scheduler.num_queued(lane)
+
+    def max_queued(self, lane: str) -> int:
+        """Records of the lane that may wait before it is paused."""
+        return self._scheduler.max_queued(lane)
 
     def commit_failed(self, partitions: Sequence[Partition]) -> None:
         """Has the next regular commit name these partitions again."""
@@ -375,6 +372,9 @@ class Worker:
 
     # Around it.
 
+    def _now_us(self) -> int:
+        return int(self._clock() * 1e6)
+
     def _begin_again(self, lane: str) -> None:
         """After an aborted transaction: all of the lane in flight is void, from here on."""
         leaving = self._assignments.of_topic(self._lanes[lane].topic)
@@ -404,6 +404,19 @@ class Worker:
                 if (head.partition, head.offset) not in known:
                     _log.error("partition_stalled", **head._asdict())
 
+    async def _look_at_resources(self, has_gpu: bool) -> None:
+        """Steps back, and forward again, as the machine runs short of something."""
+        meter = ResourceMeter(gpu=has_gpu)
+        before = Restraint()
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            usage = await asyncio.to_thread(meter.read)
+            now = self._guard.look(usage)
+            self._scheduler.restrain(*now)
+            if now != before:
+                _log.warning("restraint_changed", **now._asdict(), **usage._asdict())
+            before = now
+
     async def _describe_model(self) -> ModelDescription:
         deadline_s = self._settings.worker.retry_deadline_s
         model = await retrying("describe_model", self._inferencer.describe, deadline_s)
@@ -418,10 +431,6 @@ class Worker:
                     f"model {model.model_version} needs the {what} {needs}, the settings say {has}"
                 )
         return model
-
-
-def _is_stale(lane: LaneSettings, record: Record, now_us: int) -> bool:
-    return lane.expired == "stale" and now_us - record.appended_us > lane.deadline_ms * 1000
 
 
 async def _surface(failure: asyncio.Future[None]) -> None:

@@ -4,9 +4,9 @@ Free of torch, and of Ray until a call fails, so that a worker imports nothing t
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +32,12 @@ class Inference:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What a caller must know before it sends the first window."""
+    """What a caller must know before it sends the first window.
+
+    Attributes:
+        device: what it runs on, ``cpu`` or ``cuda``.
+        bucket_s: seconds by batch bucket, as the engine measured them at its start; may be empty.
+    """
 
     model_version: str
     channels_version: str
@@ -40,6 +45,8 @@ class ModelDescription:
     num_steps: int
     num_features: int
     score_names: tuple[str, ...]
+    device: str = field(default="cpu", compare=False)
+    bucket_s: Mapping[int, float] = field(default_factory=dict, compare=False)
 
 
 class Inferencer(Protocol):
@@ -60,21 +67,30 @@ class Inferencer(Protocol):
         """Lets go of what this object owns. No call may follow."""
 
 
+def engine_thread() -> ThreadPoolExecutor:
+    """One thread, for one engine."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+
 class LocalInferencer:
     """A blocking engine in this process, on one thread of its own: the event loop stays free.
 
     Overlapping calls queue in front of that thread in the order of their start. A call whose task
     is cancelled while the engine works still holds the thread until the engine is done.
+
+    Args:
+        thread: the ``engine_thread`` that the engine was loaded on, if any; closed with this.
     """
 
     def __init__(
         self,
         infer: Callable[[NDArray[np.float32]], Inference],
         description: ModelDescription,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self._infer = infer
         self._description = description
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = thread or engine_thread()
 
     async def infer(self, windows: NDArray[np.float32]) -> Inference:
         loop = asyncio.get_running_loop()

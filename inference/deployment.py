@@ -1,15 +1,15 @@
 """The model on Ray Serve: one call carries a whole micro-batch."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve import Application
 
-from inference.client import Inference, ModelDescription
+from inference.client import Inference, ModelDescription, engine_thread
 from inference.engine import EngineStatistics, load_engine
+from inference.redeploy import with_version
 from schemas.errors import ConfigError
 from schemas.settings import ModelSettings, ServeSettings, WindowSettings
 
@@ -27,8 +27,8 @@ class FeatureModel:
     """
 
     def __init__(self, settings: ModelSettings, window: WindowSettings) -> None:
-        self._engine = load_engine(settings, window)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = engine_thread()
+        self._engine = self._thread.submit(load_engine, settings, window).result()
 
     async def infer(self, windows: NDArray[np.float32]) -> Inference:
         """Takes float32 (B, C, T). Raises ValueError for another shape; the replica lives on."""
@@ -56,12 +56,14 @@ def build_model_deployment(
     *,
     window: WindowSettings | None = None,
     max_ongoing_requests: int = 4,
+    version: str | None = None,
 ) -> Application:
     """The Serve application of the model, ready for ``serve.run`` or for binding into a worker.
 
     Args:
         max_ongoing_requests: micro-batches at one replica, queued or computed. A few hide the way
             there and back; more only hide from Serve which replica is busy.
+        version: deployed again under the same one, its replicas live on; none: they start again.
 
     Raises ConfigError when CUDA is asked for without a share of a GPU: Ray would hide every GPU.
     """
@@ -82,4 +84,5 @@ def build_model_deployment(
         },
         logging_config={"enable_access_log": False},  # else a line for every micro-batch
     )
-    return as_deployment(FeatureModel).bind(settings, window or WindowSettings())
+    deployment = as_deployment(FeatureModel)
+    return with_version(deployment, version).bind(settings, window or WindowSettings())

@@ -18,6 +18,7 @@ from inference.client import Inference, ModelDescription
 from inference.model import CnnLstm, ModelConfig, check_windows
 from inference.seeded import MARKET50_V1, seeded_artifact
 from schemas.errors import ConfigError, TransientError
+from schemas.placement import pin_thread
 from schemas.settings import ModelSettings, WindowSettings
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -131,6 +132,8 @@ class Engine:
             num_steps=config.num_steps,
             num_features=config.num_features,
             score_names=config.score_names,
+            device=self._device.type,
+            bucket_s={bucket: self._plan_cost_s(self._plan(bucket)) for bucket in self._buckets},
         )
 
     def statistics(self) -> EngineStatistics:
@@ -284,12 +287,15 @@ class Engine:
 def load_engine(settings: ModelSettings, window: WindowSettings | None = None) -> Engine:
     """The engine that the settings ask for: ``settings.artifact``, else seeded weights.
 
+    Pins the calling thread to ``settings.cpu_affinity``: call it on the engine's own.
+
     Args:
         window: what will feed it; the artifact is checked against it. None: the default.
 
-    Raises ConfigError: see ``load_artifact`` and ``Engine``; or no artifact for a channel set other
-    than market50-v1.
+    Raises ConfigError: see ``load_artifact``, ``Engine`` and ``pin_thread``; or no artifact for a
+    channel set other than market50-v1.
     """
+    pin_thread("model.cpu_affinity", settings.cpu_affinity)  # torch's threads inherit it
     window = window or WindowSettings()
     if settings.artifact is not None:
         artifact = load_artifact(

@@ -126,6 +126,7 @@ class Flags(IntFlag):
     STALE = 4  # finished after its lane's deadline
     WARM_UP = 8  # reserved: windows that are not full emit nothing
     CACHED = 16  # the features came from the cache
+    SKIPPED = 32  # events of this symbol just before were late, and their lane skips late ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)

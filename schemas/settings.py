@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,21 +23,19 @@ from pydantic_settings import (
 )
 
 from schemas.errors import ConfigError
+from schemas.guard import GuardSettings
+from schemas.lanes import DEFAULT_LANES, Fraction, LaneSettings, Section, check_relations
 
 ENV_PREFIX = "TAPELINE_"
 CONFIG_FILE_ENV = "TAPELINE_CONFIG"
 DEFAULT_CONFIG_FILE = "tapeline.toml"
 
+Cores = list[Annotated[int, Field(ge=0, lt=4096)]]
+
 _toml_file: ContextVar[Path | None] = ContextVar("toml_file", default=None)
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class KafkaSettings(_Section):
+class KafkaSettings(Section):
     """Where the broker is and how topics are made."""
 
     bootstrap_servers: str = Field(
@@ -51,7 +49,7 @@ class KafkaSettings(_Section):
     timeout_s: float = Field(10, gt=0, description="For metadata and other requests to the broker.")
 
 
-class RedisSettings(_Section):
+class RedisSettings(Section):
     """The first-seen table. Without a URL, duplicates are known only to each worker."""
 
     url: str | None = Field(
@@ -69,7 +67,7 @@ class RedisSettings(_Section):
     )
 
 
-class SchemaRegistrySettings(_Section):
+class SchemaRegistrySettings(Section):
     """Confluent wire format with a URL; bare Avro and a fingerprint header without."""
 
     url: str | None = Field(
@@ -80,60 +78,7 @@ class SchemaRegistrySettings(_Section):
     )
 
 
-class LaneSettings(_Section):
-    """One priority: a topic, its consumer group and its rights.
-
-    ``topic``, ``output_topic`` and ``group`` are named after the lane unless given.
-    """
-
-    name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Taken from its key in `lanes`."
-    )
-    rank: int = Field(ge=1, description="1 goes first.")
-    deadline_ms: float = Field(gt=0, description="From append to the lane's topic.")
-    reserved_share: Fraction = Field(description="Of each micro-batch, when the lane wants it.")
-    expired: Literal["process", "stale"] = Field(
-        "process", description="`stale`: features past the deadline are flagged; all are made."
-    )
-    enabled: bool = Field(True, description="false takes the lane away.")
-    topic: str = Field("", description="none: `market-events.<name>`; dead letters: + `.dlq`.")
-    output_topic: str = Field("", description="none: `features.<name>`.")
-    group: str = Field("", description="The workers' consumer group; none: `tapeline.<name>`.")
-    stride: int = Field(1, ge=1, description="One feature in so many events, by hash of their ids.")
-    min_interval_ms: float = Field(
-        0, ge=0, description="At most one feature a symbol per so much event time."
-    )
-    max_queued_records: int = Field(
-        4096, ge=1, description="Waiting in a worker; then the lane is paused until half are left."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_after_lane(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not values.get("name"):
-            return values
-        name = values["name"]
-        return {
-            "topic": f"market-events.{name}",
-            "output_topic": f"features.{name}",
-            "group": f"tapeline.{name}",
-        } | values
-
-    @property
-    def dlq_topic(self) -> str:
-        return f"{self.topic}.dlq"
-
-
-DEFAULT_LANES: Mapping[str, Mapping[str, Any]] = {
-    "realtime": {"rank": 1, "deadline_ms": 50, "reserved_share": 0.50, "expired": "stale"},
-    "market-data": {"rank": 2, "deadline_ms": 100, "reserved_share": 0.25, "expired": "stale"},
-    "batch": {"rank": 3, "deadline_ms": 1_000, "reserved_share": 0.15},
-    "historical": {"rank": 4, "deadline_ms": 30_000, "reserved_share": 0.07},
-    "background": {"rank": 5, "deadline_ms": 300_000, "reserved_share": 0.03},
-}
-
-
-class WindowSettings(_Section):
+class WindowSettings(Section):
     """How much of a symbol's past the model sees, and when that past is void."""
 
     channel_set: str = Field("market50-v1", description="What a row holds: docs/channels.md.")
@@ -147,7 +92,7 @@ class WindowSettings(_Section):
     max_symbols: int = Field(10_000, ge=1, description="Per partition; the longest unseen leaves.")
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     """The loop: what is promised, how much at once, and how long to wait for an end."""
 
     delivery: Literal["at_least_once", "exactly_once"] = Field(
@@ -176,9 +121,18 @@ class WorkerSettings(_Section):
         10, ge=1, description="A silent worker is given up; with KIP-848 the broker decides."
     )
     max_batch: int = Field(256, ge=1, le=65_536, description="Records in a micro-batch.")
+    max_service_share: Fraction = Field(
+        0.2,
+        gt=0,
+        description="A micro-batch may hold the model for this share of the shortest deadline "
+        "among the lanes with traffic: what a new record of that lane may have to wait for.",
+    )
     max_in_flight: int = Field(2, ge=1, le=256, description="Micro-batches at the model at once.")
     max_unacknowledged: int = Field(
         64, ge=1, description="Micro-batches between their records' arrival and acknowledgement."
+    )
+    timing_header: bool = Field(
+        False, description="Features say in a `server-timing` header where their time went."
     )
     max_message_bytes: int = Field(1_048_576, ge=1, description="A larger record is poison.")
     dlq_max_ratio: Fraction = Field(
@@ -199,9 +153,12 @@ class WorkerSettings(_Section):
     max_poll_interval_s: float = Field(
         300, gt=0, description="A worker stuck for so long loses its partitions."
     )
+    cpu_affinity: Cores = Field(
+        [], description="The cores that it runs on, numbered from 0; none: all. Linux alone."
+    )
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """Which model, and where it runs."""
 
     artifact: Path | None = Field(None, description="A model folder; none: seeded weights.")
@@ -209,11 +166,26 @@ class ModelSettings(_Section):
         "auto", description="`cpu` or `cuda`; `auto` takes a GPU if torch sees one."
     )
     num_threads: int = Field(1, ge=1, description="Torch's, on a CPU.")
+    cpu_affinity: Cores = Field(
+        [],
+        description="The cores that its threads run on; none: those of its process. Replicas on "
+        "one machine share them.",
+    )
     num_replicas: int = Field(1, ge=1, description="Of the model, on Ray Serve.")
     max_batch: int = Field(256, ge=1, description="The largest bucket.")
 
+    @model_validator(mode="after")
+    def _threads_have_cores(self) -> Self:
+        num_cores = len(set(self.cpu_affinity))
+        if num_cores and self.num_threads > num_cores:
+            raise ValueError(
+                f"num_threads ({self.num_threads}) must not be above the number of cores in "
+                f"cpu_affinity ({num_cores}): threads would wait for each other"
+            )
+        return self
 
-class ServeSettings(_Section):
+
+class ServeSettings(Section):
     """The Ray side of ``tapeline run``."""
 
     address: str | None = Field(None, description="A Ray cluster to join; none: a local one.")
@@ -226,7 +198,7 @@ class ServeSettings(_Section):
     )
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     """Prometheus."""
 
     port: int = Field(0, ge=0, le=65_535, description="Of `tapeline worker`; 0: no endpoint.")
@@ -249,6 +221,7 @@ class Settings(BaseSettings):
     lanes: dict[str, LaneSettings] = Field({}, validate_default=True)
     window: WindowSettings = WindowSettings()
     worker: WorkerSettings = WorkerSettings()
+    guard: GuardSettings = GuardSettings()
     model: ModelSettings = ModelSettings()
     serve: ServeSettings = ServeSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -269,16 +242,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _relations_between_limits(self) -> Self:
-        lanes = self.active_lanes
-        if not lanes:
-            raise ValueError("lanes: at least one lane must be enabled")
-        total = sum(lane.reserved_share for lane in lanes)
-        if total > 1 + 1e-9:
-            raise ValueError(f"lanes: reserved shares add up to {total:.2f}, more than 1")
-        for what in ("rank", "topic", "group"):
-            if len({getattr(lane, what) for lane in lanes}) < len(lanes):
-                raise ValueError(f"lanes: two lanes have the same {what}")
+        check_relations(self.active_lanes)
         worker = self.worker
+        for lane in self.active_lanes:
+            if lane.max_batch is not None and lane.max_batch > worker.max_batch:
+                raise ValueError(
+                    f"lanes.{lane.name}: max_batch must not be above worker.max_batch "
+                    f"({worker.max_batch})"
+                )
         if worker.retry_deadline_s + worker.drain_timeout_s >= worker.max_poll_interval_s:
             raise ValueError(
                 "worker: retry_deadline_s + drain_timeout_s must stay below max_poll_interval_s, "

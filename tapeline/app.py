@@ -15,8 +15,10 @@ from consumers.dedup import open_first_seen
 from consumers.identity import claimed_name
 from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
-from inference.client import LocalInferencer
+from inference.client import LocalInferencer, engine_thread
 from schemas.errors import ConfigError
+from schemas.live import demand_only_live, fixed_version
+from schemas.placement import pin_process
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
 
@@ -35,8 +37,16 @@ def check_surroundings(settings: Settings) -> None:
     asyncio.run(check_redis())
 
 
-async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> WorkerStatistics:
+async def run_worker(
+    settings: Settings,
+    *,
+    on_started: Callable[[], None],
+    reload: Callable[[], Settings] | None = None,
+) -> WorkerStatistics:
     """Runs one worker with the model in this process until SIGTERM or SIGINT.
+
+    SIGHUP has it take the shares, deadlines and limits of ``reload()``; where that raises
+    ConfigError, or gives anything else that is new, the log says so and all stays as it is.
 
     From then on it takes at most ``stop_limit_s``: a process that hangs for longer, in a model say,
     ends itself with exit code 1.
@@ -45,8 +55,10 @@ async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> W
     """
     from inference.engine import load_engine  # torch, only here
 
-    engine = await asyncio.to_thread(load_engine, settings.model, settings.window)
-    inferencer = LocalInferencer(engine.infer, engine.describe())
+    pin_process("worker.cpu_affinity", settings.worker.cpu_affinity)
+    loop, thread = asyncio.get_running_loop(), engine_thread()
+    engine = await loop.run_in_executor(thread, load_engine, settings.model, settings.window)
+    inferencer = LocalInferencer(engine.infer, engine.describe(), thread)
     first_seen = await open_first_seen(settings.redis)
     with claimed_name(settings) as name:
         worker = Worker(settings, inferencer, first_seen, instance_id=name)
@@ -55,9 +67,10 @@ async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> W
             _end_process_after(stop_limit_s(settings))
             worker.stop()
 
-        loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, stop)
+        if reload:
+            loop.add_signal_handler(signal.SIGHUP, _reconfigure, worker.configure, reload)
         if settings.metrics.port:
             _serve_metrics(settings.metrics.port)
         on_started()
@@ -70,6 +83,13 @@ async def run_worker(settings: Settings, *, on_started: Callable[[], None]) -> W
             await inferencer.close()
             await first_seen.close()
     return worker.statistics()
+
+
+def _reconfigure(configure: Callable[[Settings], None], reload: Callable[[], Settings]) -> None:
+    try:
+        configure(reload())
+    except ConfigError as error:
+        structlog.get_logger(__name__).error("settings_refused", error=str(error))
 
 
 def stop_limit_s(settings: Settings) -> float:
@@ -105,13 +125,27 @@ class ServeApplication:
         from inference.deployment import build_model_deployment
 
         settings = self._settings
-        model = build_model_deployment(settings.model, settings.serve, window=settings.window)
+        model = build_model_deployment(
+            settings.model,
+            settings.serve,
+            window=settings.window,
+            version=fixed_version(settings),
+        )
         try:
             serve.run(build_worker_deployment(settings, model), name=self._name, route_prefix=None)
         except RuntimeError as error:
             status = serve.status().applications.get(self._name)
             reports = [one.message for one in status.deployments.values()] if status else []
             raise ConfigError(_cause([*reports, str(error)])) from error
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Has every worker take other shares, deadlines and limits, without a restart.
+
+        Raises ConfigError, and changes nothing, if anything else differs.
+        """
+        demand_only_live(self._settings, settings)
+        self._settings = settings
+        self.deploy()
 
     def statistics(self) -> list[WorkerStatistics]:
         """Of every worker replica; blocks for some milliseconds."""

@@ -22,8 +22,9 @@ from consumers.envelopes import REPLAYED_FROM_HEADER
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord, TransientError
 from schemas.kafka import client_config, consume_ready, make_client, message_headers
+from schemas.lanes import LaneSettings
 from schemas.messages import FeatureVector, Flags, Headers
-from schemas.settings import LaneSettings, Settings
+from schemas.settings import Settings
 from tapeline.bookkeeping import Event, Sightings, Source
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 from tapeline.dlq.letters import RECEIPT_HEADER

@@ -7,7 +7,8 @@ from confluent_kafka import Consumer, TopicPartition
 
 from consumers.offsets import decode_metadata
 from schemas.kafka import client_config, make_client
-from schemas.settings import LaneSettings, Settings
+from schemas.lanes import LaneSettings
+from schemas.settings import Settings
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple, get_args
 
-from schemas.settings import LaneSettings, WindowSettings
+from schemas.lanes import LaneSettings
+from schemas.settings import WindowSettings
 from tapeline.bookkeeping import COPY, FIRST, Entry, Event, Partition, Sightings, Source, Windows
 
 Kind = Literal["lost", "twice", "differs", "order", "lineage", "unowed", "uncommitted"]

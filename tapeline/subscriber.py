@@ -20,6 +20,7 @@ from schemas.errors import ConfigError, PoisonRecord, TransientError
 from schemas.kafka import LOGGER, client_config, make_client, message_headers
 from schemas.messages import FeatureVector, Headers
 from schemas.settings import Settings
+from schemas.timing import TIMING_HEADER, parse_timing
 from tapeline.clients import check_kafka, list_offsets, make_admin, missing_topic, settings_or_load
 
 SOURCE_APPENDED_HEADER = "source-appended-us"
@@ -56,6 +57,14 @@ class FeatureRecord:
         if self.source_appended_us is None:
             return None
         return self.appended_us - self.source_appended_us
+
+    @property
+    def timing_ms(self) -> Mapping[str, float]:
+        """Milliseconds by stage up to the model's answer; empty unless ``worker.timing_header``."""
+        for name, value in self.headers:
+            if name == TIMING_HEADER and value:
+                return parse_timing(value)
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import redis as redis_client
 
-from schemas.settings import DEFAULT_LANES, ENV_PREFIX, Settings, load_settings
+from schemas.lanes import DEFAULT_LANES
+from schemas.settings import ENV_PREFIX, Settings, load_settings
 from tapeline.services import ServiceName, kafka_version
 from tapeline.stack import ServiceStatus, Stack
 

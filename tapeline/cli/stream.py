@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from schemas.errors import ConfigError
 from tapeline.cli.terminal import JsonOption, err, print_json, print_table, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from consumers.metrics import LaneCounts, WorkerStatistics
+    from tapeline.app import ServeApplication
 
 _REFRESH_S = 1.0
 
@@ -21,7 +23,7 @@ def worker(ctx: typer.Context, json: JsonOption = False) -> None:
     """Run one worker, with the model, in this process; SIGTERM or Ctrl-C ends it in order.
 
     No Ray: for a laptop, a debugger, or a process manager of your own. Prints what became of every
-    record when it ends.
+    record when it ends. SIGHUP reads the settings again: shares, deadlines and limits may change.
     """
     import asyncio
 
@@ -32,7 +34,11 @@ def worker(ctx: typer.Context, json: JsonOption = False) -> None:
     configure_logging()
     check_surroundings(settings)
     statistics = asyncio.run(
-        run_worker(settings, on_started=lambda: typer.echo("worker started", err=True))
+        run_worker(
+            settings,
+            on_started=lambda: typer.echo("worker started", err=True),
+            reload=lambda: settings_of(ctx),
+        )
     )
     _show_counts(total_counts([statistics]), json)
     _demand_drained([statistics])
@@ -42,19 +48,23 @@ def run(ctx: typer.Context, json: JsonOption = False) -> None:
     """Deploy workers and model on Ray Serve, and stay; SIGTERM or Ctrl-C ends them in order.
 
     Joins the cluster of `serve.address` or $RAY_ADDRESS, or starts Ray on this machine. Prints
-    what became of every record when it ends.
+    what became of every record when it ends. SIGHUP reads the settings again: shares, deadlines and
+    limits may change.
     """
     from tapeline.app import ServeApplication, check_surroundings, ray_session, total_counts
 
     settings = settings_of(ctx)
     check_surroundings(settings)
     with err().status("starting Ray") as spinner, ray_session(settings) as address:
-        ended = _ended_by_signal()
+        ended, reloading = _event_of(signal.SIGTERM, signal.SIGINT), _event_of(signal.SIGHUP)
         spinner.update("deploying workers and model")
         application = ServeApplication(settings)
         application.deploy()
         err().print(f"running on Ray at {address}; Ctrl-C ends it")
         while not ended.wait(_REFRESH_S):
+            if reloading.is_set():
+                reloading.clear()
+                _reconfigure(application, ctx)
             if err().is_terminal:
                 counts = total_counts(application.statistics())
                 spinner.update(
@@ -89,12 +99,21 @@ def demo(
         raise typer.Exit(1)
 
 
-def _ended_by_signal() -> threading.Event:
-    """Set by SIGTERM and SIGINT from now on; Ray's own handlers would end us in the middle."""
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    return ended
+def _reconfigure(application: "ServeApplication", ctx: typer.Context) -> None:
+    try:
+        application.reconfigure(settings_of(ctx))
+    except ConfigError as error:
+        err().print(f"settings refused: {error}", markup=False)
+    else:
+        err().print("settings changed")
+
+
+def _event_of(*numbers: signal.Signals) -> threading.Event:
+    """Set by these signals from now on; Ray's own handlers would end us in the middle."""
+    event = threading.Event()
+    for number in numbers:
+        signal.signal(number, lambda *_: event.set())
+    return event
 
 
 def _demand_drained(workers: "Sequence[WorkerStatistics]") -> None:

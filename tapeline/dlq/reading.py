@@ -11,7 +11,8 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, TopicPart
 from schemas.codec import Codec
 from schemas.errors import TransientError
 from schemas.kafka import client_config, consume_ready, make_client, message_headers
-from schemas.settings import LaneSettings, Settings
+from schemas.lanes import LaneSettings
+from schemas.settings import Settings
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 from tapeline.dlq.index import EVERYTHING, Index, Place, fold
 from tapeline.dlq.letters import Letter, LetterId, Receipt, Record, Selection, Unreadable, classify

@@ -20,7 +20,8 @@ from inference.artifact import save_artifact
 from inference.model import ModelConfig
 from inference.seeded import seeded_artifact
 from schemas.errors import ConfigError, TransientError
-from schemas.settings import DEFAULT_LANES, Settings, load_settings
+from schemas.lanes import DEFAULT_LANES
+from schemas.settings import Settings, load_settings
 from tapeline.lag import lane_lags
 from tapeline.topics import ensure_topics
 

@@ -19,6 +19,7 @@ from inference.artifact import save_artifact
 from inference.model import ModelConfig
 from inference.seeded import seeded_artifact
 from schemas.errors import ConfigError
+from schemas.messages import Flags
 from schemas.settings import Settings
 from tapeline.app import ServeApplication, total_counts
 from tapeline.simulator import simulate, symbol_names
@@ -107,23 +108,68 @@ def test_the_demo_accounts_for_every_event() -> None:
     assert "stand-in" in process.stderr
 
 
-def test_run_ends_in_order_on_sigterm(
+def test_run_changes_its_settings_on_sighup_and_ends_on_sigterm(
     make_settings: MakeSettings, small_model: Path, tmp_path: Path
 ) -> None:
-    """``tapeline run`` as a user runs it: started, fed, ended; its table adds up."""
+    """``tapeline run`` as a user runs it: started, fed, changed, fed, ended; its table adds up.
+
+    A replica that had been started again would not count what came before.
+    """
     settings = make_settings()
     ensure_topics(settings)
     config = tmp_path / "tapeline.toml"
+    write_config(config, settings, small_model, deadline_ms=1e9)
+    events = list(simulate(symbols=symbol_names(2), seed=5, start_time_us=10**15, num_events=500))
+    errors = tmp_path / "run.err"
+    with errors.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tapeline", "--config", str(config), "run", "--json"],
+            env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            stdout=subprocess.PIPE,
+            stderr=output,
+        )
+
+    def change(says: str, **changes: object) -> None:
+        write_config(config, settings, small_model, **changes)
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: says in errors.read_text(), LONG_S, f"{says!r} in the log")
+
+    try:
+        produce(settings, events[:250], "realtime")
+        timely = features(settings, 250 - 59 * 2, idle_timeout_s=60)
+        change("kafka.timeout_s cannot change while workers run", deadline_ms=0.001, timeout_s=20)
+        change("settings changed", deadline_ms=0.001)
+        produce(settings, events[250:], "realtime")
+        late = features(settings, 500 - 59 * 2, idle_timeout_s=60)[len(timely) :]
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LONG_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, errors.read_text()[-2_000:]
+    assert not any(one.feature.flags & Flags.STALE for one in timely)
+    assert len(late) == 250
+    assert all(one.feature.flags & Flags.STALE for one in late)
+    counts = json.loads(printed)["realtime"]
+    assert (counts["records"], counts["features"], counts["warm_up"]) == (500, 382, 118)
+
+
+def write_config(
+    file: Path, settings: Settings, model: Path, *, deadline_ms: object, timeout_s: object = 10
+) -> None:
     lane = settings.lane("realtime")
-    config.write_text(
+    others = [name for name in settings.lanes if name != "realtime"]
+    file.write_text(
         f"""
         [kafka]
         bootstrap_servers = "{settings.kafka.bootstrap_servers}"
+        timeout_s = {timeout_s}
         [redis]
         url = "{settings.redis.url}"
         key_prefix = "{settings.redis.key_prefix}"
         [model]
-        artifact = "{small_model}"
+        artifact = "{model}"
         [serve]
         app_name = "run-command"
         worker_num_cpus = 0.2
@@ -132,30 +178,7 @@ def test_run_ends_in_order_on_sigterm(
         topic = "{lane.topic}"
         output_topic = "{lane.output_topic}"
         group = "{lane.group}"
+        deadline_ms = {deadline_ms}
         """
-        + "".join(
-            f"[lanes.{name}]\nenabled = false\n" for name in settings.lanes if name != "realtime"
-        )
+        + "".join(f"[lanes.{name}]\nenabled = false\n" for name in others)
     )
-    events = simulate(symbols=symbol_names(2), seed=5, start_time_us=10**15, num_events=500)
-    with (tmp_path / "run.err").open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tapeline", "--config", str(config), "run", "--json"],
-            env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
-    try:
-        produce(settings, events, "realtime")
-        received = features(settings, 500 - 59 * 2, idle_timeout_s=60)
-        process.send_signal(signal.SIGTERM)
-        printed, _ = process.communicate(timeout=LONG_S)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    log = (tmp_path / "run.err").read_text()
-    assert process.returncode == 0, log[-2_000:]
-    assert len(received) == 500 - 59 * 2
-    counts = json.loads(printed)["realtime"]
-    assert (counts["records"], counts["features"], counts["warm_up"]) == (500, 382, 118)

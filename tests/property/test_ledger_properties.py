@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from consumers.channels import Market50
 from consumers.windows import WindowStore
+from schemas.lanes import LaneSettings
 from schemas.messages import MarketEvent, Quote
-from schemas.settings import LaneSettings, WindowSettings
+from schemas.settings import WindowSettings
 from tapeline.bookkeeping import Event, Sightings, Source
 from tapeline.ledger import Delivery, Feature, Ledger, judge
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from schemas.settings import LaneSettings, WindowSettings
+from schemas.lanes import LaneSettings
+from schemas.settings import WindowSettings
 from tapeline.bookkeeping import Event, Sightings, Source
 from tapeline.ledger import Delivery, Feature, LaneAudit, Ledger, Letter, judge
 

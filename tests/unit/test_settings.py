@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.errors import ConfigError
+from schemas.lanes import DEFAULT_LANES
 from schemas.settings import (
     CONFIG_FILE_ENV,
     DEFAULT_CONFIG_FILE,
-    DEFAULT_LANES,
     Settings,
     as_environment,
     iter_documented_settings,

@@ -1,0 +1,90 @@
+"""The latency budget: where the time of an event went, stage by stage.
+
+Histograms of our own, because a micro-batch's records are counted at once: prometheus_client takes
+one at a time, at 2 us each.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client.core import HistogramMetricFamily
+
+from consumers.records import Record
+from schemas.timing import STAGES, TIMING_HEADER, encode_timing
+
+_EDGES_S = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30])
+_LABELS = [*(f"{edge:g}" for edge in _EDGES_S), "+Inf"]
+
+
+class BatchTimes(NamedTuple):
+    """When a micro-batch passed from one stage to the next; Unix epoch, microseconds."""
+
+    taken_us: int
+    given_us: int
+    answered_us: int
+
+
+class _Histogram:
+    def __init__(self) -> None:
+        self.counts: NDArray[np.int64] = np.zeros(len(_LABELS), np.int64)
+        self.sum_s = 0.0
+
+    def observe(self, seconds: NDArray[np.float64]) -> None:
+        places = np.searchsorted(_EDGES_S, seconds)
+        self.counts += np.bincount(places, minlength=len(_LABELS))
+        self.sum_s += float(seconds.sum())
+
+    def buckets(self) -> list[tuple[str, float]]:
+        return list(zip(_LABELS, np.cumsum(self.counts).tolist(), strict=True))
+
+
+class LatencyBudget:
+    """Histograms by lane of every stage and of the whole, over the features of one worker."""
+
+    def __init__(self, lanes: Sequence[str]) -> None:
+        self._stages = {(lane, stage): _Histogram() for lane in lanes for stage in STAGES}
+        self._whole = {lane: _Histogram() for lane in lanes}
+
+    def observe(
+        self, lane: str, records: Sequence[Record], times: BatchTimes, durable_us: int
+    ) -> None:
+        """Counts records of a micro-batch whose features are durable since ``durable_us``."""
+        if not records:
+            return
+        appended = np.array([record.appended_us for record in records])
+        polled = np.array([record.polled_us for record in records])
+        passed = [appended, polled, *map(np.asarray, (*times, durable_us))]
+        for stage, begun, ended in zip(STAGES, passed[:-1], passed[1:], strict=True):
+            seconds = np.broadcast_to((ended - begun) / 1e6, len(records))
+            self._stages[lane, stage].observe(seconds)
+        self._whole[lane].observe((durable_us - appended) / 1e6)
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """``tapeline_latency_seconds`` by lane, ``tapeline_stage_seconds`` by lane and stage."""
+        whole = HistogramMetricFamily(
+            "tapeline_latency_seconds",
+            "From the append of an event to the acknowledgement of its feature.",
+            labels=["lane"],
+        )
+        for lane, histogram in self._whole.items():
+            whole.add_metric([lane], histogram.buckets(), histogram.sum_s)
+        yield whole
+        by_stage = HistogramMetricFamily(
+            "tapeline_stage_seconds",
+            "The same by stage: broker, queue, batch, model, publish.",
+            labels=["lane", "stage"],
+        )
+        for labels, histogram in self._stages.items():
+            by_stage.add_metric(labels, histogram.buckets(), histogram.sum_s)
+        yield by_stage
+
+
+def timing_header(record: Record, times: BatchTimes) -> tuple[str, bytes]:
+    """Where a record's time went, up to the model's answer."""
+    passed = [record.appended_us, record.polled_us, *times]
+    stages = zip(STAGES[:-1], passed[:-1], passed[1:], strict=True)
+    return TIMING_HEADER, encode_timing(
+        {stage: (ended - begun) / 1000 for stage, begun, ended in stages}
+    )

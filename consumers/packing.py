@@ -1,0 +1,109 @@
+"""What a micro-batch comes to: parcels of features and dead letters, one a partition."""
+
+from collections.abc import Mapping, Sequence
+
+from consumers.bisection import Row
+from consumers.breaker import DeadLetterBreaker
+from consumers.budget import BatchTimes
+from consumers.envelopes import Envelopes
+from consumers.intake import Letter, MicroBatch
+from consumers.metrics import LaneCounts
+from consumers.parcels import Parcel
+from consumers.records import Partition
+from inference.client import ModelDescription
+from schemas.codec import Codec
+from schemas.errors import PoisonRecord
+from schemas.lanes import LaneSettings
+from schemas.messages import Flags
+from schemas.settings import Settings
+
+
+class Packer:
+    """Makes the parcels of one worker, and watches that dead letters are no flood."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        codec: Codec,
+        model: ModelDescription,
+        counts: Mapping[str, LaneCounts],
+    ) -> None:
+        worker = settings.worker
+        self._envelopes = Envelopes(
+            codec, model.channels_version, model.score_names, says_timing=worker.timing_header
+        )
+        self._model_version = model.model_version
+        self._counts = counts
+        self._breakers = {
+            lane.name: DeadLetterBreaker(
+                lane.name,
+                max_ratio=worker.dlq_max_ratio,
+                max_consecutive=worker.dlq_max_consecutive,
+            )
+            for lane in settings.active_lanes
+        }
+        self.configure(settings.active_lanes)
+
+    def configure(self, lanes: Sequence[LaneSettings]) -> None:
+        """Other settings of the same lanes, from the next micro-batch on."""
+        self._lanes = {lane.name: lane for lane in lanes}
+        self._lane_of = {lane.topic: lane for lane in lanes}
+
+    def pack(
+        self,
+        batch: MicroBatch,
+        rows: Sequence[Row | PoisonRecord],
+        times: BatchTimes,
+        now_us: int,
+    ) -> list[Parcel]:
+        """Features and dead letters; none for a partition that was taken away meanwhile.
+
+        Raises DeadLetterFlood.
+        """
+        parcels = {
+            progress.partition: Parcel(self._lane_of[progress.partition[0]].name, progress, span)
+            for progress, span in batch.spans
+            if not progress.closed
+        }
+        letters = list(batch.letters)
+        for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
+            if isinstance(row, PoisonRecord):
+                letters.append((item.record, row))
+            elif item.progress.closed:
+                self._counts[item.record.lane].abandoned += 1
+            else:
+                lane = self._lanes[item.record.lane]
+                flags = Flags(int(batch.flags[index]))
+                if lane.is_stale(item.record.appended_us, now_us):
+                    flags |= Flags.STALE
+                parcel = parcels[item.record.partition]
+                parcel.features.append(item.record)
+                parcel.messages.append(
+                    self._envelopes.feature(lane, item.record, item.event, *row, flags, times)
+                )
+        self._watch_for_flood(batch, letters)
+        for letter in letters:
+            self._pack_letter(parcels, letter, now_us)
+        return list(parcels.values())
+
+    def _pack_letter(
+        self, parcels: Mapping[Partition, Parcel], letter: Letter, now_us: int
+    ) -> None:
+        record, poison = letter
+        lane = self._lanes[record.lane]
+        if (parcel := parcels.get(record.partition)) is None:
+            self._counts[lane.name].abandoned += 1
+            return
+        parcel.letters.append(letter)
+        parcel.messages.append(
+            self._envelopes.dead_letter(lane, record, poison, now_us, self._model_version)
+        )
+
+    def _watch_for_flood(self, batch: MicroBatch, letters: Sequence[Letter]) -> None:
+        poisoned = {(record.partition, record.offset) for record, _ in letters}
+        ends: dict[str, list[bool]] = {}
+        for record in batch.live:
+            is_letter = bool(poisoned) and (record.partition, record.offset) in poisoned
+            ends.setdefault(record.lane, []).append(is_letter)
+        for lane, are_letters in ends.items():
+            self._breakers[lane].observe(are_letters)
