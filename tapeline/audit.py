@@ -37,7 +37,8 @@ _POLL_S = 0.5
 _MAX_POLLED = 5_000
 _PAUSE_S = 0.05
 _DIGEST_BYTES = 16
-_HOW_MADE = Flags.STALE | Flags.CACHED  # flags that say how a feature came about, not what it is
+# Flags that say how a feature came about, not what it is: another pass may give others.
+_HOW_MADE = Flags.STALE | Flags.CACHED | Flags.SKIPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ def audit(
     found = check_kafka(settings, _topics(chosen))
     ledgers = _ledgers(settings, chosen, found, delivery, max_violations)
     reading = _Reading(settings, ledgers, found, progress or (lambda passed, total: None))
-    judge(reading.read(), settled=settled)
+    ends = reading.read()
+    judge(ends, settled=settled, asked_us=reading.asked_us)
     judged = [one for one in ledgers if one.lane in chosen]
     violations = [violation for one in judged for violation in one.violations()]
     return AuditReport(
@@ -149,6 +151,8 @@ class _Reading:
         progress: ShowProgress,
     ) -> None:
         self.num_read = 0
+        self.asked_us = 0
+        """When it was known how far the workers had committed; Unix epoch."""
         self._settings = settings
         self._ledgers = ledgers
         self._num_partitions = num_partitions
@@ -163,6 +167,7 @@ class _Reading:
         """Fills the ledgers; with each, the ends of its partitions when all outputs were read."""
         lanes = [ledger.lane for ledger in self._ledgers]
         lags = lane_lags(self._settings, lanes)
+        self.asked_us = time.time_ns() // 1000
         inputs = self._partitions(lane.topic for lane in lanes)
         outputs = self._partitions(
             topic for lane in lanes for topic in (lane.output_topic, lane.dlq_topic)

@@ -49,7 +49,10 @@ class Partition:
 
 
 class Entry:
-    """One input record and what came out for it; ``event`` is None for poison."""
+    """One input record and what came out for it; ``event`` is None for poison.
+
+    ``published_us``: when its first feature was appended, where a lane skips what is late; else 0.
+    """
 
     __slots__ = (
         "appended_us",
@@ -61,6 +64,7 @@ class Entry:
         "num_letters",
         "offset",
         "partition",
+        "published_us",
         "replayed_from",
         "role",
         "stage",
@@ -75,7 +79,7 @@ class Entry:
         self.appended_us = appended_us
         self.digest: bytes | None = None
         self.replayed_from: Source | None = None
-        self.num_features = self.num_letters = 0
+        self.num_features = self.num_letters = self.published_us = 0
         self.bits = b""
         self.stage = ""
         self.role = FIRST
@@ -89,6 +93,27 @@ class Entry:
     def has_marked_end(self) -> bool:
         """It ended in a way that shows that its id counted as first seen here."""
         return self.num_features > 0 or self.stage == "infer"
+
+
+def offsets_maybe_late(partition: Partition, deadline_ms: float, asked_us: int) -> set[int]:
+    """The offsets without a feature whose records may have been late when they were prepared.
+
+    A symbol's events are prepared in their order, so each was so before the symbol's next feature
+    was appended; where none follows, before ``asked_us``. Kafka's times are whole milliseconds,
+    rounded down, and so is the deadline here.
+    """
+    deadline_us = int(deadline_ms) * 1000
+    next_us: dict[tuple[str, str], int] = {}
+    late: set[int] = set()
+    for entry in reversed(partition.entries.values()):
+        if entry.event is None:
+            continue
+        key = (entry.event.venue, entry.event.symbol)
+        if entry.num_features:
+            next_us[key] = entry.published_us
+        elif next_us.get(key, asked_us) >= entry.appended_us + deadline_us:
+            late.add(entry.offset)
+    return late
 
 
 class Guess:

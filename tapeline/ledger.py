@@ -15,7 +15,17 @@ from typing import Literal, NamedTuple, get_args
 
 from schemas.lanes import LaneSettings
 from schemas.settings import WindowSettings
-from tapeline.bookkeeping import COPY, FIRST, Entry, Event, Partition, Sightings, Source, Windows
+from tapeline.bookkeeping import (
+    COPY,
+    FIRST,
+    Entry,
+    Event,
+    Partition,
+    Sightings,
+    Source,
+    Windows,
+    offsets_maybe_late,
+)
 
 Kind = Literal["lost", "twice", "differs", "order", "lineage", "unowed", "uncommitted"]
 Delivery = Literal["at_least_once", "exactly_once"]
@@ -73,6 +83,7 @@ class LaneAudit:
         features: input records with a feature of their own.
         repeats: features and letters published again for the same record.
         warm_up, thinned, duplicates: records that owe nothing, by reason.
+        skipped: without an end in a lane that skips what is late, and they may have been late.
         dead_letters: input records with a letter.
         optional: records of which nobody can say whether they owe a feature.
         pending: at or above the committed offset and without an end, as they may be.
@@ -89,6 +100,7 @@ class LaneAudit:
     repeats: int = 0
     warm_up: int = 0
     thinned: int = 0
+    skipped: int = 0
     duplicates: int = 0
     dead_letters: int = 0
     optional: int = 0
@@ -119,6 +131,7 @@ class Ledger:
         self.features_gone_until_us = self.letters_gone_until_us = -1.0
         """Outputs appended until then may have been deleted; infinite: any."""
         self._window = window
+        self._skips = lane.expired == "skip"
         self.sightings = sightings
         self._exactly_once = delivery == "exactly_once"
         self._max_violations = max_violations
@@ -171,6 +184,8 @@ class Ledger:
                 )
             return
         entry.bits = feature.bits
+        if self._skips:
+            entry.published_us = feature.appended_us
         key = (feature.at.partition, entry.partition.number, *feature.event[1:3])
         newest = self._newest.get(key, -1)
         if entry.offset < newest:
@@ -196,11 +211,12 @@ class Ledger:
         """Notes a record among the outputs that is none."""
         self._accuse_of("lineage", Event("", "", "", 0), at, appended_us, what)
 
-    def judge(self, ends: Mapping[int, int], *, settled: bool) -> None:
+    def judge(self, ends: Mapping[int, int], *, settled: bool, asked_us: int) -> None:
         """Goes through the book; ``Sightings.resolve`` comes first.
 
         Args:
             ends: of each partition, asked after all outputs were read.
+            asked_us: when it was asked how far is committed: what must have its end had it then.
         """
         for source, event, at, appended_us in self._unknown:
             if source.topic != self.lane.topic or source.offset >= ends.get(source.partition, 0):
@@ -209,6 +225,7 @@ class Ledger:
             interval_us = int(self.lane.min_interval_ms * 1000)
             windows = Windows(self._window, interval_us, partition.first)
             due_until = partition.committed or 0
+            late = self._maybe_late(partition, asked_us)
             for entry in partition.entries.values():
                 self._counts["records"] += 1
                 self._counts["dead_letters"] += entry.num_letters > 0
@@ -216,7 +233,7 @@ class Ledger:
                 if entry.num_features and entry.num_letters:
                     self._repeated(entry, "it has both a feature and a letter")
                 is_due = settled or entry.offset < due_until
-                self._judge(entry, windows, is_due)
+                self._judge(entry, windows, is_due, entry.offset in late)
                 is_early = entry.num_features and settled and partition.committed is not None
                 if self._exactly_once and is_early and entry.offset >= due_until:
                     self._accuse(
@@ -229,9 +246,10 @@ class Ledger:
         if entry.event is None:
             owes = f"it does not decode and has no letter in {lane.dlq_topic}"
         else:
+            timely = "it was not past its deadline yet, " if self._skips else ""
             owes = (
-                f"its window is full, and it has neither a feature in {lane.output_topic} nor a "
-                f"letter in {lane.dlq_topic}"
+                f"its window is full, {timely}and it has neither a feature in {lane.output_topic} "
+                f"nor a letter in {lane.dlq_topic}"
             )
         self._accuse("lost", entry, owes)
 
@@ -247,7 +265,13 @@ class Ledger:
     def __contains__(self, entry: Entry) -> bool:
         return self._partitions.get(entry.partition.number) is entry.partition
 
-    def _judge(self, entry: Entry, windows: Windows, is_due: bool) -> None:
+    def _maybe_late(self, partition: Partition, asked_us: int) -> set[int]:
+        """The offsets that the lane may have skipped; none where it skips nothing."""
+        if not self._skips:
+            return set()
+        return offsets_maybe_late(partition, self.lane.deadline_ms, asked_us)
+
+    def _judge(self, entry: Entry, windows: Windows, is_due: bool, maybe_late: bool) -> None:
         event, counts = entry.event, self._counts
         if event is None:
             if entry.num_features:
@@ -265,29 +289,42 @@ class Ledger:
             return
         was_refused = entry.stage not in ("", "infer")  # then it is no row, if it was so rightly
         certain = entry.role == FIRST and not was_refused
-        full, starts = windows.append(event, entry.offset, certain=certain)
-        is_sampled = _is_sampled(event.event_id, self.lane.stride)
-        owes = full and starts and is_sampled
-        if full is False or starts is False or not is_sampled:
-            owes = False
-            counts["thinned" if full is not False else "warm_up"] += 1
-        elif owes and certain:
+        owes, reason = self._owes(event, entry.offset, windows, certain)
+        is_missing = bool(owes and not entry.num_features and not entry.num_letters)
+        gone_us = max(self.features_gone_until_us, self.letters_gone_until_us)
+        can_be_owed = is_missing and (certain or entry.group is not None)
+        must_end = can_be_owed and self._must_end(entry, is_due, gone_us)
+        # What is not due yet may still become late.
+        maybe_skipped = self._skips and is_missing and (maybe_late or not is_due)
+        if reason:
+            counts[reason] += 1
+        elif owes and certain and not maybe_skipped:
             counts["owed"] += 1
         else:
-            counts["optional"] += 1
+            counts["skipped" if certain and must_end else "optional"] += 1
         if was_refused or (entry.num_letters and owes is False):
             counts["unfounded"] += 1
-        if entry.num_features:
-            if owes is False and certain:
-                why = "still warming up" if full is False else "thinned out by its lane"
-                self._accuse("unowed", entry, f"it has a feature, though it is {why}")
-        elif not entry.num_letters and owes:
-            gone_us = max(self.features_gone_until_us, self.letters_gone_until_us)
-            if (certain or entry.group) and self._must_end(entry, is_due, gone_us):
-                if entry.group:
-                    entry.group.num_lost += 1
-                else:
-                    self.accuse_lost(entry)
+        if entry.num_features and owes is False and certain:
+            self._accuse("unowed", entry, f"it has a feature, though it is {_WHY_NOT[reason]}")
+        elif must_end and not maybe_skipped:
+            if entry.group:
+                entry.group.num_lost += 1
+            else:
+                self.accuse_lost(entry)
+
+    def _owes(
+        self, event: Event, offset: int, windows: Windows, certain: bool
+    ) -> tuple[bool | None, str]:
+        """Whether a feature is owed, if the event was not late; None: nobody can say.
+
+        With the count of those that owe none for the same reason.
+        """
+        full, starts = windows.append(event, offset, certain=certain)
+        if full is False:
+            return False, "warm_up"
+        if starts is False or not _is_sampled(event.event_id, self.lane.stride):
+            return False, "thinned"
+        return full and starts, ""
 
     def _must_end(self, entry: Entry, is_due: bool, gone_until_us: float) -> bool:
         if not is_due:
@@ -365,14 +402,14 @@ class Ledger:
             heapq.heappop(self._first)
 
 
-def judge(ledgers: Mapping[Ledger, Mapping[int, int]], *, settled: bool) -> None:
+def judge(ledgers: Mapping[Ledger, Mapping[int, int]], *, settled: bool, asked_us: int) -> None:
     """Judges the ledgers of all lanes together; each comes with the ends for ``Ledger.judge``."""
     tables = list({id(one.sightings): one.sightings for one in ledgers}.values())
     gone_until_us = max((one.letters_gone_until_us for one in ledgers), default=-1.0)
     for sightings in tables:
         sightings.resolve(gone_until_us)
     for ledger, ends in ledgers.items():
-        ledger.judge(ends, settled=settled)
+        ledger.judge(ends, settled=settled, asked_us=asked_us)
     for guess in (guess for one in tables for guess in one.guesses):
         if guess.num_lost == len(guess.entries):
             entry = guess.entries[0]
@@ -382,6 +419,8 @@ def judge(ledgers: Mapping[Ledger, Mapping[int, int]], *, settled: bool) -> None
 def _is_sampled(event_id: str, stride: int) -> bool:
     return stride == 1 or zlib.crc32(event_id.encode()) % stride == 0
 
+
+_WHY_NOT = {"warm_up": "still warming up", "thinned": "thinned out by its lane"}
 
 _LOOK_AT: Mapping[Kind, str] = {
     "lost": "look at the workers' logs around that time, and at this group's commits",

@@ -22,6 +22,7 @@ _COLUMNS = {
     "repeats": "repeats",
     "warm_up": "warm-up",
     "thinned": "thinned",
+    "skipped": "skipped",
     "duplicates": "duplicates",
     "dead_letters": "dead letters",
     "optional": "optional",

@@ -3,8 +3,9 @@
 Tiny windows (3 steps, 3 symbols, 8 idle records), so that every rule that empties one fires.
 """
 
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple
@@ -78,9 +79,15 @@ LANES = st.builds(
 
 
 def given_by_the_store(
-    steps: Sequence[Step], lane: LaneSettings, at: Sequence[int]
+    steps: Sequence[Step],
+    lane: LaneSettings,
+    at: Sequence[int],
+    late: Collection[Step] = (),
 ) -> list[tuple[int, int]]:
-    """The records whose windows the worker's own store hands out, fed in these batches."""
+    """The records whose windows the worker's own store hands out, fed in these batches.
+
+    ``late``: in their windows all the same, but no feature is wanted of them.
+    """
     store = WindowStore(Market50(), SMALL)
     for number in (0, 1):
         store.assign(("lane", number))
@@ -91,7 +98,7 @@ def given_by_the_store(
             [("lane", step.partition) for step in batch],
             [step.offset for step in batch],
             [MarketEvent(*_fields(step.event)) for step in batch],
-            np.array([zlib.crc32(_id(step)) % lane.stride == 0 for step in batch], bool),
+            np.array([_is_sampled(step, lane) and step not in late for step in batch], bool),
             np.full(len(batch), int(lane.min_interval_ms * 1000), np.int64),
         )
         given_out = zip(batch, appended.given, strict=True)
@@ -100,22 +107,31 @@ def given_by_the_store(
 
 
 def new_ledger(
-    steps: Sequence[Step], lane: LaneSettings, delivery: Delivery, firsts: Sequence[int] = (0, 0)
+    steps: Sequence[Step],
+    lane: LaneSettings,
+    delivery: Delivery,
+    firsts: Sequence[int] = (0, 0),
 ) -> Ledger:
     ledger = Ledger(lane, SMALL, Sightings(3600), delivery, max_violations=MAX_OFFSET)
     for number in (0, 1):
         ledger.add_partition(number, firsts[number], MAX_OFFSET, committed=MAX_OFFSET)
     for step in steps:
         if step.offset >= firsts[step.partition]:
-            ledger.add_record(step.partition, step.offset, step.event, START_US + step.offset)
+            ledger.add_record(step.partition, step.offset, step.event, appended_us(step))
     return ledger
 
 
-def verdict(ledger: Ledger, features: Sequence[Feature]) -> list[str]:
+def appended_us(step: Step) -> int:
+    """One offset a millisecond."""
+    return START_US + step.offset * 1000
+
+
+def verdict(ledger: Ledger, features: Sequence[Feature], asked_us: int = START_US) -> list[str]:
     """The kinds of all violations."""
     for at, feature in enumerate(features):
         ledger.add_feature(feature._replace(at=Source("out", feature.source.partition, at)))
-    judge({ledger: {0: MAX_OFFSET, 1: MAX_OFFSET}}, settled=True)
+    ends = {0: MAX_OFFSET, 1: MAX_OFFSET}
+    judge({ledger: ends}, settled=True, asked_us=asked_us)
     return [one.kind for one in ledger.violations()]
 
 
@@ -123,10 +139,10 @@ def lost(ledger: Ledger) -> set[tuple[int, int]]:
     return {one.source[1:] for one in ledger.violations() if one.kind == "lost"}
 
 
-def feature_of(step: Step, topic: str) -> Feature:
+def feature_of(step: Step, topic: str, at_us: int = START_US) -> Feature:
     source = Source(topic, step.partition, step.offset)
     bits = f"{step.partition}:{step.offset}".encode()
-    return Feature(source, source, step.event, bits, START_US)
+    return Feature(source, source, step.event, bits, at_us)
 
 
 @st.composite
@@ -216,6 +232,121 @@ def test_any_single_blemish_is_seen(
             break
 
 
+class Pass(NamedTuple):
+    """What a worker made of a tape in a lane that skips what is late.
+
+    Attributes:
+        num_skipped: records that would have had a feature, had they been in time.
+        features: stamped as a broker does, in whole milliseconds, rounded down.
+        asked_us: when the audit asked how far is committed.
+    """
+
+    num_skipped: int
+    features: list[Feature]
+    asked_us: int
+
+
+SKIPPING = st.builds(
+    lambda lane, deadline_ms: lane.model_copy(
+        update={"expired": "skip", "deadline_ms": deadline_ms}
+    ),
+    LANES,
+    st.sampled_from([0.3, 1, 2.5, 10, 40]),
+)
+
+
+def skipping_pass(steps: Sequence[Step], lane: LaneSettings, random: Random) -> Pass:
+    """Prepares micro-batches now in time, now behind it, and publishes some while later."""
+    at = sorted({0, len(steps), *random.choices(range(len(steps) + 1), k=8)})
+    now_us = START_US
+    published_us: dict[tuple[int, int], int] = {}
+    late: set[Step] = set()
+    for start, end in pairwise(at):
+        batch = steps[start:end]
+        newest_us = max(appended_us(step) for step in batch)
+        now_us = max(now_us, newest_us + random.choice([0, 1, 700, 30_000])) + random.randrange(900)
+        late |= {step for step in batch if lane.is_late(appended_us(step), now_us)}
+        at_us = now_us + random.choice([0, 1, 1000, 20_000])
+        published_us |= {(step.partition, step.offset): at_us // 1000 * 1000 for step in batch}
+    timely = given_by_the_store(steps, lane, at)
+    given_out = set(given_by_the_store(steps, lane, at, late))
+    features = [
+        feature_of(step, lane.topic, published_us[step.partition, step.offset])
+        for step in steps
+        if (step.partition, step.offset) in given_out
+    ]
+    return Pass(len(timely) - len(given_out), features, now_us)
+
+
+@given(steps=TAPES, lane=SKIPPING, seed=st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_what_was_skipped_is_never_called_lost(
+    steps: list[Step], lane: LaneSettings, seed: int
+) -> None:
+    """Nor what a second pass publishes again; and every record is counted once."""
+    random = Random(seed)
+    done = skipping_pass(steps, lane, random)
+    again = [one._replace(appended_us=done.asked_us) for one in done.features]
+    again = random.sample(again, random.randint(0, len(again)))
+    again.sort(key=lambda one: one.source)
+    runs: tuple[tuple[Delivery, list[Feature]], ...] = (
+        ("exactly_once", done.features),
+        ("at_least_once", [*done.features, *again]),
+    )
+    for delivery, features in runs:
+        ledger = new_ledger(steps, lane, delivery)
+        assert verdict(ledger, features, done.asked_us) == []
+        audit = ledger.audit()
+        assert (audit.skipped, audit.owed) == (done.num_skipped, len(done.features))
+        ended = audit.owed + audit.skipped + audit.warm_up + audit.thinned + audit.duplicates
+        assert ended == audit.records == len(steps)
+
+
+@given(steps=TAPES, lane=SKIPPING, data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_is_missing_is_lost_exactly_if_it_was_not_late(
+    steps: list[Step], lane: LaneSettings, data: st.DataObject
+) -> None:
+    done = skipping_pass(steps, lane, Random(data.draw(st.integers(0, 2**32))))
+    if not done.features:
+        return
+    gone = data.draw(st.integers(0, len(done.features) - 1))
+    one, behind = done.features[gone], done.features[gone + 1 :]
+    prepared_us = next(
+        (
+            other.appended_us
+            for other in behind
+            if other.source.partition == one.source.partition
+            and other.event.symbol == one.event.symbol
+        ),
+        done.asked_us,
+    )
+    late_us = START_US + one.source.offset * 1000 + math.floor(lane.deadline_ms) * 1000
+    ledger = new_ledger(steps, lane, "at_least_once")
+    verdict(ledger, [*done.features[:gone], *behind], done.asked_us)
+    if prepared_us < late_us:
+        assert lost(ledger) == {one.source[1:]}
+        assert ledger.audit().skipped == done.num_skipped
+    else:
+        assert lost(ledger) == set()
+        assert ledger.audit().skipped == done.num_skipped + 1
+
+
+def test_lanes_skip_some_and_lose_some_in_these_tapes() -> None:
+    """The two properties above look at something."""
+    lane = LaneSettings(name="lane", rank=1, deadline_ms=10, reserved_share=0, expired="skip")
+    counted = {"skipped": 0, "features": 0, "lost": 0}
+    for seed in range(20):
+        steps = tape(100, seed)
+        done = skipping_pass(steps, lane, Random(seed))
+        ledger = new_ledger(steps, lane, "at_least_once")
+        verdict(ledger, done.features[1::2], done.asked_us)
+        counted["skipped"] += done.num_skipped
+        counted["features"] += len(done.features)
+        counted["lost"] += len(lost(ledger))
+    assert min(counted.values()) > 50, counted
+
+
 def test_every_rule_fires_in_these_tapes() -> None:
     counted: dict[str, Any] = dict.fromkeys(("owed", "warm_up", "duplicates", "emptied"), 0)
     for seed in range(20):
@@ -231,8 +362,8 @@ def test_every_rule_fires_in_these_tapes() -> None:
     assert min(counted.values()) > 10, counted
 
 
-def _id(step: Step) -> bytes:
-    return step.event.event_id.encode()
+def _is_sampled(step: Step, lane: LaneSettings) -> bool:
+    return zlib.crc32(step.event.event_id.encode()) % lane.stride == 0
 
 
 def _fields(event: Event) -> tuple[Any, ...]:

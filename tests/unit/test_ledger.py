@@ -3,96 +3,12 @@
 from typing import Any
 
 import pytest
+from books import SECOND_US, START_US, Book, full_window
 
-from schemas.lanes import LaneSettings
-from schemas.settings import WindowSettings
-from tapeline.bookkeeping import Event, Sightings, Source
-from tapeline.ledger import Delivery, Feature, LaneAudit, Ledger, Letter, judge
+from tapeline.bookkeeping import Sightings, Source
+from tapeline.ledger import Delivery, judge
 
-START_US = 1_700_000_000_000_000
-SECOND_US = 1_000_000
 BOTH: tuple[Delivery, ...] = ("at_least_once", "exactly_once")
-
-
-class Book:
-    """A ledger filled by hand: windows of two rows, everything on partition 0 unless said."""
-
-    def __init__(
-        self,
-        delivery: Delivery = "at_least_once",
-        *,
-        firsts: tuple[int, ...] = (0, 0),
-        committed: int | None = 100,
-        sightings: Sightings | None = None,
-        lane: str = "realtime",
-        **window: Any,
-    ) -> None:
-        limits = {"num_steps": 2, "max_gap_s": 60, "max_idle_records": 50, "max_symbols": 3}
-        settings = LaneSettings(name=lane, rank=1, deadline_ms=50, reserved_share=0.5)
-        self.sightings = sightings or Sightings(ttl_s=3600)
-        self.ledger = Ledger(settings, WindowSettings(**limits | window), self.sightings, delivery)
-        self.ends: dict[int, int] = {}
-        for number, first in enumerate(firsts):
-            self.ledger.add_partition(number, first, 100, committed)
-            self.ends[number] = 100
-        self._events: dict[tuple[int, int], Event] = {}
-        self._at = 0
-
-    def source(self, offset: int, partition: int = 0) -> Source:
-        return Source(self.ledger.lane.topic, partition, offset)
-
-    def record(
-        self,
-        offset: int,
-        event_id: str | None = None,
-        *,
-        symbol: str = "S",
-        partition: int = 0,
-        time_us: int = START_US,
-        after_s: float | None = None,
-        replayed_from: Source | None = None,
-    ) -> None:
-        event = Event(event_id or f"e{partition}-{offset}", "V", symbol, time_us)
-        self._events[partition, offset] = event
-        appended_us = START_US + int((offset if after_s is None else after_s) * SECOND_US)
-        self.ledger.add_record(partition, offset, event, appended_us, replayed_from=replayed_from)
-
-    def poison(self, offset: int) -> None:
-        appended_us = START_US + offset * SECOND_US
-        self.ledger.add_record(0, offset, None, appended_us, digest=b"poison")
-
-    def feature(self, offset: int, partition: int = 0, bits: bytes = b"", **changes: Any) -> None:
-        event = self._events.get((partition, offset), Event("gone", "V", "S", START_US))
-        source = changes.pop("source", self.source(offset, partition))
-        self.ledger.add_feature(
-            Feature(self._next("out"), source, event._replace(**changes), bits, START_US)
-        )
-
-    def letter(self, offset: int, stage: str = "decode", digest: bytes = b"poison") -> None:
-        event = self._events.get((0, offset))
-        self.ledger.add_letter(
-            Letter(self._next("dlq"), self.source(offset), stage, event, digest, START_US)
-        )
-
-    def judge(self, *, settled: bool = True) -> LaneAudit:
-        judge({self.ledger: self.ends}, settled=settled)
-        return self.ledger.audit()
-
-    def kinds(self, *, settled: bool = True) -> list[str]:
-        self.judge(settled=settled)
-        return [one.kind for one in self.ledger.violations()]
-
-    def _next(self, topic: str) -> Source:
-        self._at += 1
-        return Source(topic, 0, self._at)
-
-
-def full_window(delivery: Delivery = "at_least_once", **kwargs: Any) -> Book:
-    """Three records of a symbol: the first warms up, two owe a feature. No output yet."""
-    book = Book(delivery, **kwargs)
-    for offset in (0, 1, 2):
-        book.record(offset)
-    return book
 
 
 @pytest.mark.parametrize("delivery", BOTH)
@@ -396,7 +312,7 @@ def test_lanes_share_their_ids() -> None:
         book.record(2, "shared")
         book.feature(1)
     one.feature(2)
-    judge({one.ledger: one.ends, two.ledger: two.ends}, settled=True)
+    judge({one.ledger: one.ends, two.ledger: two.ends}, settled=True, asked_us=START_US)
     assert one.ledger.violations() == two.ledger.violations() == []
     assert two.ledger.audit().duplicates == 1
 
@@ -480,3 +396,101 @@ def test_first_violations_are_kept_and_all_are_counted() -> None:
     assert audit.violations["lost"] == 50
     kept = book.ledger.violations()
     assert [one.source.offset for one in kept] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    ("next_after_s", "kinds"),
+    [(2.999, ["lost"]), (3, []), (3.001, []), (None, [])],
+)
+def test_missing_event_of_a_lane_that_skips_is_lost_if_it_was_not_late(
+    next_after_s: float | None, kinds: list[str]
+) -> None:
+    """Appended at 1 s, late at 3 s; the symbol's next feature says when it was prepared."""
+    book = full_window(skip_after_ms=2000)
+    book.record(3, symbol="T")
+    book.record(4, symbol="T")
+    book.feature(4, after_s=2)  # another symbol's feature says nothing
+    if next_after_s:
+        book.feature(2, after_s=next_after_s)
+    assert book.kinds() == kinds
+    audit = book.ledger.audit()
+    num_skipped = 0 if kinds else 1 if next_after_s else 2
+    assert (audit.skipped, audit.owed) == (num_skipped, 3 - num_skipped)
+    if kinds:
+        assert "not past its deadline" in book.ledger.violations()[0].sentence
+
+
+@pytest.mark.parametrize(("asked_after_s", "kinds"), [(3.999, ["lost"]), (4, [])])
+def test_where_no_feature_follows_it_was_prepared_before_the_audit(
+    asked_after_s: float, kinds: list[str]
+) -> None:
+    book = full_window(skip_after_ms=2000)
+    book.feature(1, after_s=1)
+    assert book.kinds(asked_after_s=asked_after_s) == kinds
+    assert book.ledger.audit().skipped == 1 - len(kinds)
+
+
+def test_only_the_first_of_two_equal_features_says_when() -> None:
+    book = full_window(skip_after_ms=2000)
+    book.feature(2, after_s=2)
+    book.feature(2, after_s=60)
+    assert book.kinds() == ["lost"]
+
+
+def test_milliseconds_of_the_broker_are_rounded_down() -> None:
+    """Prepared 0.6 ms after it was appended, late after 0.5: the broker stamps both alike."""
+    book = full_window(skip_after_ms=0.5)
+    book.feature(2, after_s=1)
+    assert book.kinds() == []
+
+
+def test_lane_that_does_not_skip_owes_however_late() -> None:
+    book = full_window()
+    book.feature(2, after_s=60)
+    assert book.kinds() == ["lost"]
+    assert book.ledger.audit().skipped == 0
+
+
+def test_skipped_is_only_what_is_due_and_would_be_owed() -> None:
+    book = full_window(skip_after_ms=1000, committed=2)
+    book.poison(3)
+    audit = book.judge(settled=False, asked_after_s=2)  # 2 and 3 may still have their end
+    assert book.ledger.violations() == []
+    assert (audit.warm_up, audit.skipped, audit.owed) == (1, 1, 0)
+    assert (audit.optional, audit.pending) == (1, 2)
+
+    book = full_window(skip_after_ms=1)
+    book.poison(3)
+    assert book.kinds() == ["lost"], "poison has a letter, late or not"
+
+    book = full_window(skip_after_ms=1)
+    book.letter(1, "infer")
+    book.feature(2, after_s=60)
+    audit = book.judge()
+    assert (audit.owed, audit.skipped) == (2, 0)
+
+
+def test_what_retention_may_have_taken_is_not_called_skipped() -> None:
+    book = full_window(skip_after_ms=1)
+    book.ledger.features_gone_until_us = START_US + SECOND_US
+    audit = book.judge()
+    assert (audit.skipped, audit.unprovable, audit.optional) == (1, 1, 1)
+
+
+def test_copies_of_an_event_that_may_have_been_skipped_are_not_lost() -> None:
+    book = full_window(skip_after_ms=1)
+    book.record(0, partition=1)
+    book.record(1, "e0-2", partition=1)
+    book.feature(1, after_s=60)
+    assert book.kinds() == []
+    assert book.ledger.audit().optional == 2
+
+
+def test_order_and_lineage_hold_in_a_lane_that_skips() -> None:
+    book = full_window(skip_after_ms=1)
+    book.feature(2, after_s=60)
+    book.feature(1, after_s=60, symbol="T")
+    book.record(3)
+    book.feature(3, after_s=60)
+    book.feature(0, after_s=60)
+    assert sorted(book.kinds()) == ["lineage", "order", "unowed"]
