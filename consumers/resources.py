@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,22 +87,27 @@ class ControlGroup:
 
     Args:
         root: where ``proc`` and ``sys`` are.
+        clock: seconds that only go forward.
     """
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._folders = list(_groups(root))
-        self._cpu_use = {folder: _cpu_use(folder) for folder in self._folders}
+        self._cpu_use = {folder: self._use_of_cpu(folder) for folder in self._folders}
 
     def cpu(self) -> float:
         """The part of the quota that was used since the last reading."""
         fullest = 0.0
         for folder, before in self._cpu_use.items():
-            now = self._cpu_use[folder] = _cpu_use(folder)
+            now = self._cpu_use[folder] = self._use_of_cpu(folder)
             num_cores = _quota_cores(folder)
             if num_cores and now.at_s > before.at_s:
                 used_cores = (now.used_s - before.used_s) / (now.at_s - before.at_s)
                 fullest = max(fullest, used_cores / num_cores)
         return min(fullest, 1.0)
+
+    def _use_of_cpu(self, folder: Path) -> _CpuUse:
+        return _CpuUse(_field(folder / "cpu.stat", "usage_usec") / 1e6, self._clock())
 
     def memory(self) -> float:
         """The part of the limit that is in use."""
@@ -121,15 +126,11 @@ def _groups(root: Path) -> Iterator[Path]:
     top = root / "sys/fs/cgroup"
     lines = [line for line in _words(root / "proc/self/cgroup") if line.startswith("0::")]
     path = lines[0].removeprefix("0::/") if lines else ""
-    folder = top if ".." in path else top / path  # a container may not see its own place
+    folder = top / path  # in a container it may not exist there: then ``top`` is its own
     while folder != top:
         yield folder
         folder = folder.parent
     yield top
-
-
-def _cpu_use(folder: Path) -> _CpuUse:
-    return _CpuUse(_field(folder / "cpu.stat", "usage_usec") / 1e6, time.monotonic())
 
 
 def _quota_cores(folder: Path) -> float | None:

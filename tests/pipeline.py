@@ -75,6 +75,15 @@ class RunningWorker:
         assert not self.is_alive
         return self._worker.statistics()
 
+    def configure(self, settings: Settings) -> None:
+        """Other live settings, from the next micro-batch on."""
+
+        async def take() -> None:
+            assert self._worker is not None
+            self._worker.configure(settings)
+
+        asyncio.run_coroutine_threadsafe(take(), self._loop).result(LONG_S)
+
     def check_health(self) -> None:
         assert self._worker is not None
         self._worker.check_health()
