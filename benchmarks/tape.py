@@ -7,10 +7,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import psutil
@@ -48,8 +49,18 @@ def processor(settings: Settings, mode: str = "worker") -> Iterator[psutil.Proce
 
     Raises SystemExit with the end of its log if it ended by itself.
     """
+    with module_process(settings, ("tapeline", mode)) as process:
+        yield process
+
+
+@contextmanager
+def module_process(settings: Settings, arguments: Sequence[str]) -> Iterator[psutil.Process]:
+    """``python -m`` with these arguments and settings, in a process of its own; like ``processor``.
+
+    It ends on SIGTERM, within two minutes.
+    """
     log = settings.state_dir / "processor.log"
-    command = [sys.executable, "-m", "tapeline", mode]
+    command = [sys.executable, "-m", *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=os.environ | as_environment(settings), stdout=output, stderr=output
@@ -68,11 +79,20 @@ class Passage(NamedTuple):
     """One event's way: when the broker appended it and its feature, and when that was read.
 
     Unix epoch. Appends are on the broker's clock, in ms; the reading is on this machine's, in us.
+
+    Attributes:
+        stages_ms: where its time went; empty unless ``worker.timing_header``.
     """
 
     event_us: int
     feature_us: int
     read_us: int
+    stages_ms: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def read_ms(self) -> float:
+        """From the event's append to the feature's reading."""
+        return (self.read_us - self.event_us) / 1000
 
 
 class Tape:
@@ -154,7 +174,10 @@ class Reader:
             for record in self._subscriber.records():
                 source_us = record.source_appended_us
                 assert source_us is not None
-                self._passages.append(Passage(source_us, record.appended_us, _now_us()))
+                read_us = _now_us()
+                self._passages.append(
+                    Passage(source_us, record.appended_us, read_us, record.timing_ms)
+                )
         except BaseException as error:
             self._error = error
 

@@ -1,0 +1,1 @@
+"""The lanes measured: ``python -m benchmarks.lanes overload | low-load | burst``."""
