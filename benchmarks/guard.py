@@ -1,25 +1,34 @@
-"""Whether it helps to step back for the processor when the model runs on it, too.
+"""What stepping back for the processor does when the model runs on it, too.
 
-    python -m benchmarks.guard [--rate 100] [--beside 1500] [--seconds 20] [--rounds 3] [--json]
+    python -m benchmarks.guard [--rate 100] [--beside 1500] [--neighbours 0,2] [--rounds 3] [--json]
 
 Starts a broker and a Redis of its own and, in turn, a ``tapeline worker`` with ``guard.cpu`` off
 and on, with the default CPU model. Each time background events are sent beside realtime ones (open
-loop), more than the machine can take. Realtime's latency is from an event's append, on the broker's
-clock, to the reading of its feature on this machine; only the second half of each play counts, when
-the guard has done what it can. Medians over the rounds.
+loop), more than the machine can take; alone, and beside busy processes that have nothing to do with
+Tapeline. Realtime's latency is from an event's append, on the broker's clock, to the reading of its
+feature on this machine; only the second half of each play counts, when the guard has done what it
+can. Medians over the rounds.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.lanes.load import FIRST_LANE, Feed, in_turn, own_topics, play, read_back, warm_up
 from benchmarks.tape import parts, processor, this_machine
 from schemas.settings import Settings
+from tapeline.processes import free_ports
 
 _BESIDE = "background"
 _MODES = ("off", "on")
@@ -33,6 +42,8 @@ class Play:
         p50_ms, p99_ms: of realtime, from append to reading.
         realtime_hz, background_hz: features.
         cpu_ms: of the worker's process, for each feature of both lanes; of the whole play.
+        used: of the machine's processor, at the guard's last look.
+        halvings, lanes_held: the same.
     """
 
     p50_ms: float
@@ -40,6 +51,16 @@ class Play:
     realtime_hz: float
     background_hz: float
     cpu_ms: float
+    used: float
+    halvings: float
+    lanes_held: float
+
+
+class Case(NamedTuple):
+    """What is compared."""
+
+    num_neighbours: int
+    mode: str
 
 
 def main() -> None:
@@ -47,37 +68,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.guard", description=__doc__)
     parser.add_argument("--rate", type=float, default=100, help="realtime events per second")
     parser.add_argument("--beside", type=float, default=1_500, help="background events per second")
+    parser.add_argument("--neighbours", default="0,2", help="busy processes beside it")
     parser.add_argument("--seconds", type=float, default=20, help="of each play")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     machine = str(this_machine())
-    plays: dict[str, list[Play]] = {mode: [] for mode in _MODES}
-    with parts() as settings:
+    plays: dict[Case, list[Play]] = {
+        Case(int(num), mode): [] for num, mode in product(options.neighbours.split(","), _MODES)
+    }
+    with parts(metrics={"port": free_ports(1)[0]}) as settings:
         steady, beside = (
             Feed(settings, lane, int(rate_hz * options.seconds), rate_hz)
             for lane, rate_hz in ((FIRST_LANE, options.rate), (_BESIDE, options.beside))
         )
         for number in range(options.rounds):
             for mode in in_turn(_MODES, number, options.rounds):
-                plays[mode].append(_play(settings, mode, steady, beside, options.seconds))
-    medians = {mode: _median(some) for mode, some in plays.items()}
+                for case in [one for one in plays if one.mode == mode]:
+                    plays[case].append(_play(settings, case, steady, beside, options.seconds))
+    medians = {case: _median(some) for case, some in plays.items()}
     if options.json:
-        report = {"machine": machine, "plays": {mode: asdict(one) for mode, one in medians.items()}}
-        print(json.dumps(report, indent=2))
+        rows = [case._asdict() | asdict(one) for case, one in medians.items()]
+        print(json.dumps({"machine": machine, "rows": rows}, indent=2))
     else:
         print(f"{machine}; {options.rounds} rounds of {options.seconds:g} s\n\n{_table(medians)}")
 
 
-def _play(settings: Settings, mode: str, steady: Feed, beside: Feed, seconds: float) -> Play:
-    guard = settings.guard.model_copy(update={"cpu": mode})
+def _play(settings: Settings, case: Case, steady: Feed, beside: Feed, seconds: float) -> Play:
+    guard = settings.guard.model_copy(update={"cpu": case.mode})
     with own_topics(settings.model_copy(update={"guard": guard}), settings.lanes) as own:
         with processor(own) as process:
             warm_up(own, [steady, beside])
-            before = process.cpu_times()
-            passages = play(own, steady, [beside], seconds=seconds)
-            after = process.cpu_times()
+            with _neighbours(case.num_neighbours):
+                before = process.cpu_times()
+                passages = play(own, steady, [beside], seconds=seconds)
+                after, seen = process.cpu_times(), _metrics(own)
         features = read_back(own, [steady, beside])
     until_us = max(one.feature_us for one in passages)
     begun_us = min(one.event_us for one in passages)
@@ -89,26 +115,69 @@ def _play(settings: Settings, mode: str, steady: Feed, beside: Feed, seconds: fl
         num = sum(one.lane == lane and half_us <= one.feature_us <= until_us for one in features)
         return num / ((until_us - half_us) / 1e6)
 
-    cpu_s = after.user + after.system - before.user - before.system
     p50_ms, p99_ms = np.percentile(read_ms, [50, 99]).tolist()
-    return Play(p50_ms, p99_ms, rate_hz(FIRST_LANE), rate_hz(_BESIDE), 1000 * cpu_s / num_played)
+    cpu_s = after.user + after.system - before.user - before.system
+    return Play(
+        p50_ms,
+        p99_ms,
+        rate_hz(FIRST_LANE),
+        rate_hz(_BESIDE),
+        1000 * cpu_s / num_played,
+        seen["tapeline_resource_used_ratio", "cpu"],
+        seen["tapeline_guard_halvings", ""],
+        sum(value for (name, _), value in seen.items() if name == "tapeline_lane_held"),
+    )
+
+
+@contextmanager
+def _neighbours(number: int) -> Iterator[None]:
+    """Processes that want a core each, for as long as the context lasts."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _metrics(settings: Settings) -> Mapping[tuple[str, str], float]:
+    """The worker's, by name and the value of the first label."""
+    url = f"http://127.0.0.1:{settings.metrics.port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return {
+        (sample.name, next(iter(sample.labels.values()), "")): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def _median(plays: Sequence[Play]) -> Play:
     return Play(*map(statistics.median, zip(*map(astuple, plays), strict=True)))
 
 
-def _table(medians: dict[str, Play]) -> str:
-    lines = [
-        "| `guard.cpu` | realtime p50 ms | realtime p99 ms | realtime/s | background/s "
-        "| worker's CPU ms per feature |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for mode, one in medians.items():
-        figures = [one.p50_ms, one.p99_ms, one.realtime_hz, one.background_hz]
-        cells = [f"`{mode}`", *(f"{figure:.0f}" for figure in figures), f"{one.cpu_ms:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _table(medians: Mapping[Case, Play]) -> str:
+    header = [
+        "busy neighbours", "`guard.cpu`", "realtime p50 ms", "realtime p99 ms", "realtime/s",
+        "background/s", "worker's CPU ms per feature", "processor in use", "halvings", "lanes held",
+    ]  # fmt: skip
+    lines = [header, ["---:", "---", *["---:"] * (len(header) - 2)]]
+    for case, one in medians.items():
+        rates = [one.p50_ms, one.p99_ms, one.realtime_hz, one.background_hz]
+        lines.append(
+            [
+                str(case.num_neighbours),
+                f"`{case.mode}`",
+                *(f"{figure:.0f}" for figure in rates),
+                f"{one.cpu_ms:.2f}",
+                f"{one.used:.0%}",
+                f"{one.halvings:g}",
+                f"{one.lanes_held:g}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _UNCOUNTED_SHARE = 0.2  # of each play, at its beginning
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Cores by number; none: any."""
+    """Cores by number. None: any for the worker, the worker's for the model."""
 
     worker: tuple[int, ...] = ()
     model: tuple[int, ...] = ()
@@ -130,14 +130,13 @@ def _table(plays: dict[Placement, list[Play]]) -> str:
             pairs = zip(some, base, strict=True)
             return f"{statistics.median(figure(one) / figure(other) for one, other in pairs):.2f}"
 
+        medians = (median.p50_ms, median.p99_ms, median.capacity_hz)
         lines.append(
             [
-                *(
-                    ", ".join(map(str, cores)) or "any"
-                    for cores in (placement.worker, placement.model)
-                ),
+                _cores(placement.worker, "any"),
+                _cores(placement.model, "the worker's"),
                 str(placement.num_threads),
-                *(f"{figure:.0f}" for figure in (median.p50_ms, median.p99_ms, median.capacity_hz)),
+                *(f"{figure:.0f}" for figure in medians),
                 ratio(lambda play: play.p50_ms),
                 ratio(lambda play: play.p99_ms),
                 ratio(lambda play: play.capacity_hz),
@@ -146,6 +145,10 @@ def _table(plays: dict[Placement, list[Play]]) -> str:
     num_threads = statistics.median(one.num_kafka_threads for one in base)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\nlibrdkafka's own threads in the worker: {num_threads:g}"
+
+
+def _cores(numbers: Sequence[int], none: str) -> str:
+    return ", ".join(map(str, numbers)) or none
 
 
 if __name__ == "__main__":

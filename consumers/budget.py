@@ -4,6 +4,7 @@ Histograms of our own, because a micro-batch's records are counted at once: prom
 one at a time, at 2 us each.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from consumers.records import Record
 from schemas.timing import STAGES, TIMING_HEADER, encode_timing
 
 _EDGES_S = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30])
+_FOLD_AT = 1_024
 _LABELS = [*(f"{edge:g}" for edge in _EDGES_S), "+Inf"]
 
 
@@ -41,28 +43,42 @@ class _Histogram:
 
 
 class LatencyBudget:
-    """Histograms by lane of every stage and of the whole, over the features of one worker."""
+    """Histograms by lane of every stage and of the whole, over the features of one worker.
+
+    What is observed waits until there is enough of it, or until somebody asks: counted parcel by
+    parcel it took 6 % of the event loop's time at 500 events/s.
+    """
 
     def __init__(self, lanes: Sequence[str]) -> None:
         self._stages = {(lane, stage): _Histogram() for lane in lanes for stage in STAGES}
         self._whole = {lane: _Histogram() for lane in lanes}
+        self._waiting: dict[str, list[tuple[int, ...]]] = {lane: [] for lane in lanes}
+        self._lock = threading.Lock()  # the loop observes, a scrape's thread collects
 
     def observe(
         self, lane: str, records: Sequence[Record], times: BatchTimes, durable_us: int
     ) -> None:
         """Counts records of a micro-batch whose features are durable since ``durable_us``."""
-        if not records:
+        with self._lock:
+            waiting = self._waiting[lane]
+            waiting += [(one.appended_us, one.polled_us, *times, durable_us) for one in records]
+            if len(waiting) >= _FOLD_AT:
+                self._fold(lane)
+
+    def _fold(self, lane: str) -> None:
+        if not (waiting := self._waiting[lane]):
             return
-        appended = np.array([record.appended_us for record in records])
-        polled = np.array([record.polled_us for record in records])
-        passed = [appended, polled, *map(np.asarray, (*times, durable_us))]
-        for stage, begun, ended in zip(STAGES, passed[:-1], passed[1:], strict=True):
-            seconds = np.broadcast_to((ended - begun) / 1e6, len(records))
+        passed = np.array(waiting, np.int64)
+        waiting.clear()
+        for stage, seconds in zip(STAGES, (np.diff(passed) / 1e6).T, strict=True):
             self._stages[lane, stage].observe(seconds)
-        self._whole[lane].observe((durable_us - appended) / 1e6)
+        self._whole[lane].observe((passed[:, -1] - passed[:, 0]) / 1e6)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """``tapeline_latency_seconds`` by lane, ``tapeline_stage_seconds`` by lane and stage."""
+        with self._lock:
+            for lane in self._waiting:
+                self._fold(lane)
         whole = HistogramMetricFamily(
             "tapeline_latency_seconds",
             "From the append of an event to the acknowledgement of its feature.",

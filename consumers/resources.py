@@ -177,9 +177,6 @@ def _open_gpus() -> list[Any]:
 
 def _open_gpu(nvml: Any, name: str) -> Any:
     """A GPU by its number or, as CUDA allows, by its UUID."""
-    by_number = name.isdecimal()
-    return (
-        nvml.nvmlDeviceGetHandleByIndex(int(name))
-        if by_number
-        else nvml.nvmlDeviceGetHandleByUUID(name)
-    )
+    if name.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)

@@ -1,8 +1,8 @@
 """What the next micro-batch holds: how many records, and of which lanes. Sans-IO.
 
-How many: as many as the model is expected to get done within the shortest deadline's service share,
-and in time for the tightest deadline aboard. Of which lanes: each one's reserved share first, the
-rest to the first rank that wants it.
+How many: all that waits in the lane of the shortest deadline; with others' records no more than the
+model is expected to get done within a share of that deadline, and in time for the tightest deadline
+aboard. Of which lanes: each one's reserved share first, the rest to the first rank that wants it.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from consumers.records import Partition, Record
-from consumers.service_times import SMALLEST_BUCKET, ServiceTimes
+from consumers.service_times import SMALLEST_BUCKET, ServiceTimes, bucket_of
 from schemas.lanes import LaneSettings
 
 _AWAKE_US = 1_000_000
@@ -55,7 +55,8 @@ class LaneScheduler:
     Args:
         max_batch: the most records of a micro-batch.
         max_service_share: of the shortest deadline among the lanes that are awake (records wait, or
-            came within the last second): how long a micro-batch may hold the model.
+            came within the last second): how long others' records may hold the model. All that
+            waits in that lane itself goes at once.
     """
 
     def __init__(
@@ -173,8 +174,21 @@ class LaneScheduler:
         """The most records that the next micro-batch may hold: a bucket's edge, or all."""
         ceiling = max(SMALLEST_BUCKET, self._max_batch >> self._shrunk_by)
         ceiling = min(ceiling, self._max_batch)
+        awake = [lane for lane in self._lanes.values() if lane.is_awake(now_us)]
+        slacks_s = [self._slack_s(lane, now_us) for lane in awake]
+        slack_s = min((one for one in slacks_s if one is not None), default=float("inf"))
+        if not awake:
+            return self._largest(slack_s, ceiling)
+        shortest = min(awake, key=lambda lane: lane.settings.deadline_ms)
+        held_s = self._max_service_share * shortest.settings.deadline_ms / 1000
+        size = self._largest(min(held_s, slack_s), ceiling)
+        # Its own records are not held back for it: those left behind would only be later.
+        own = min(bucket_of(len(shortest.queue)), ceiling) if shortest.queue else 0
+        return max(size, own)
+
+    def _largest(self, allowed_s: float, ceiling: int) -> int:
+        """The largest bucket that is done in time, or costs hardly more than one that is."""
         size = min(SMALLEST_BUCKET, ceiling)
-        allowed_s = self._allowed_s(now_us)
         taken_s = self._service_times.predict(size)
         while size < ceiling:
             larger = min(2 * size, ceiling)
@@ -183,19 +197,6 @@ class LaneScheduler:
                 break
             size, taken_s = larger, larger_s
         return size
-
-    def _allowed_s(self, now_us: int) -> float:
-        """How long the next micro-batch may hold the model."""
-        shortest_ms = min(
-            (one.settings.deadline_ms for one in self._lanes.values() if one.is_awake(now_us)),
-            default=float("inf"),
-        )
-        allowed_s = self._max_service_share * shortest_ms / 1000
-        for lane in self._lanes.values():
-            slack_s = self._slack_s(lane, now_us)
-            if slack_s is not None:
-                allowed_s = min(allowed_s, slack_s)
-        return allowed_s
 
     def _slack_s(self, lane: _Lane, now_us: int) -> float | None:
         """What is left of the deadline of a lane's oldest record, if it can still be met.

@@ -406,7 +406,7 @@ class Worker:
 
     async def _look_at_resources(self, has_gpu: bool) -> None:
         """Steps back, and forward again, as the machine runs short of something."""
-        meter = ResourceMeter(gpu=has_gpu)
+        meter = await asyncio.to_thread(ResourceMeter, gpu=has_gpu)
         before = Restraint()
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)

@@ -124,8 +124,8 @@ class WorkerSettings(Section):
     max_service_share: Fraction = Field(
         0.2,
         gt=0,
-        description="A micro-batch may hold the model for this share of the shortest deadline "
-        "among the lanes with traffic: what a new record of that lane may have to wait for.",
+        description="Other lanes' records may hold the model for this share of the shortest "
+        "deadline among the lanes with traffic: what a new record there may have to wait for.",
     )
     max_in_flight: int = Field(2, ge=1, le=256, description="Micro-batches at the model at once.")
     max_unacknowledged: int = Field(

@@ -226,7 +226,8 @@ def test_batch_holds_the_model_for_a_share_of_the_shortest_deadline(
 ) -> None:
     lanes = [lane("urgent", 1, 0.5, deadline_ms=deadline_ms), lane("patient", 2, 0.5)]
     scheduler = make_scheduler(lanes, seconds=seconds)
-    fill(scheduler, lanes, 500)
+    scheduler.put("urgent", records("urgent", 2))
+    fill(scheduler, lanes[1:], 500)
     assert scheduler.limit(NOW_US) == expected
     assert len(scheduler.take(NOW_US)) == expected
 
@@ -245,14 +246,23 @@ def test_sleeping_lane_shortens_no_batch() -> None:
     ("waited_ms", "expected"),
     [(0, 16), (90, 8), (95, 4), (97, 16)],  # 3 ms are too few for any batch: it is lost
 )
-def test_batch_is_done_before_the_tightest_deadline_aboard(waited_ms: int, expected: int) -> None:
+def test_others_ride_no_further_than_the_tightest_deadline_aboard(
+    waited_ms: int, expected: int
+) -> None:
     lanes = [lane("urgent", 1, 0.5, deadline_ms=100), lane("patient", 2, 0.5)]
     scheduler = make_scheduler(lanes, seconds=PER_WINDOW)
-    scheduler.put("urgent", records("urgent", 30, appended_us=NOW_US - waited_ms * 1000))
+    scheduler.put("urgent", records("urgent", 3, appended_us=NOW_US - waited_ms * 1000))
     fill(scheduler, lanes[1:], 500)
     assert scheduler.limit(NOW_US) == expected
-    scheduler.put("urgent", records("urgent", 100))
-    assert scheduler.limit(NOW_US) == 16, "overloaded: smaller batches would make more of it late"
+
+
+@pytest.mark.parametrize(("waiting", "expected"), [(8, 8), (9, 16), (30, 32), (200, 64)])
+def test_all_that_waits_in_the_most_urgent_lane_goes_at_once(waiting: int, expected: int) -> None:
+    lanes = [lane("urgent", 1, 0.5, deadline_ms=50), lane("patient", 2, 0.5)]
+    scheduler = make_scheduler(lanes, seconds=PER_WINDOW)
+    scheduler.put("urgent", records("urgent", waiting))
+    fill(scheduler, lanes[1:], 500)
+    assert scheduler.limit(NOW_US) == expected
 
 
 @given(nums=st.lists(st.integers(0, 30), min_size=2, max_size=2), number=st.integers(0, 4))

@@ -71,7 +71,7 @@ def test_realtime_waits_for_what_is_in_flight_and_for_nothing_else(max_in_flight
 
 def test_one_queue_makes_realtime_wait_for_all_that_came_before() -> None:
     """A queue that is fed at twice its speed: who comes at ``t`` waits for ``t`` seconds."""
-    only = [LANES[0].model_copy(update={"reserved_share": 1.0})]
+    only = [LANES[0].model_copy(update={"reserved_share": 1.0, "max_batch": 16})]
     everything_s = steady(2 * CAPACITY_HZ, SECONDS)
     ways = simulate_lanes(only, {FIRST: everything_s}, STATION, until_s=SECONDS)
     assert [way.arrived_s for way in ways] == pytest.approx(everything_s[: len(ways)], abs=1e-5)
