@@ -61,7 +61,7 @@ def _low_load(options: argparse.Namespace) -> None:
 
 def _add_burst(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, seconds=20)
-    parser.add_argument("--rate", type=float, default=250, help="realtime events per second")
+    parser.add_argument("--rate", type=float, default=125, help="realtime events per second")
     parser.add_argument("--events", type=int, default=100_000, help="of the burst")
     parser.set_defaults(run=_burst)
 
