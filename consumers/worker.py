@@ -17,6 +17,7 @@ import structlog
 from numpy.typing import NDArray
 from prometheus_client.registry import REGISTRY, CollectorRegistry
 
+from consumers.admission import Admission
 from consumers.assignments import Assignments, StalledHead
 from consumers.bisection import Row, infer_each
 from consumers.budget import BatchTimes, LatencyBudget
@@ -81,6 +82,7 @@ class Worker:
         self._clock = clock
         self._codec = Codec(settings.schema_registry)
         self._service_times = ServiceTimes(num_replicas)
+        self._admission = Admission(self._service_times, num_replicas)
         self._scheduler = LaneScheduler(
             settings.active_lanes,
             self._service_times,
@@ -107,6 +109,7 @@ class Worker:
         self._slots = asyncio.Semaphore(worker.max_in_flight)
         self._room = asyncio.Semaphore(max(worker.max_unacknowledged, worker.max_in_flight))
         self._arrived = asyncio.Event()
+        self._answered = asyncio.Event()
         self._advanced = asyncio.Condition()
         self._stopping = asyncio.Event()
         self._commits_in_transactions = worker.delivery == "exactly_once"
@@ -255,8 +258,11 @@ class Worker:
         while not len(self._scheduler):
             self._arrived.clear()
             await self._arrived.wait()
+        await self._until_model_is_nearly_free()
         records = self._scheduler.take(self._now_us())
+        begun_s = time.monotonic()
         batch = await self._intake.prepare(records)
+        self._admission.prepared(len(records), begun_s, time.monotonic())
         finish = self._finish(batch)
         try:
             finishing = self._tasks.create_task(finish)
@@ -265,6 +271,16 @@ class Worker:
             raise asyncio.CancelledError from None
         self._finishing.add(finishing)
         finishing.add_done_callback(self._finishing.discard)
+
+    async def _until_model_is_nearly_free(self) -> None:
+        now_us = self._now_us()
+        num_records = min(len(self._scheduler), self._scheduler.limit(now_us))
+        wait_s = self._admission.wait_s(num_records, time.monotonic())
+        if wait_s > 0:
+            self._answered.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._answered.wait()
 
     async def _finish(self, batch: MicroBatch) -> None:
         """Infers, waits for the turn of its partitions, sends, and marks what is done."""
@@ -302,8 +318,14 @@ class Worker:
 
     async def _call_model(self, windows: NDArray[np.float32]) -> Inference:
         begun_s = time.monotonic()
-        inference = await self._inferencer.infer(windows)
-        self._service_times.observe(len(windows), begun_s, time.monotonic())
+        call = self._admission.begin(len(windows), begun_s)
+        try:
+            inference = await self._inferencer.infer(windows)
+        finally:
+            ended_s = time.monotonic()
+            self._admission.end(call, ended_s)
+            self._answered.set()
+        self._service_times.observe(len(windows), begun_s, ended_s)
         return inference
 
     def _settle(self, parcel: Parcel, times: BatchTimes, delivered: asyncio.Future[bool]) -> None:
