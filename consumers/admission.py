@@ -1,4 +1,4 @@
-"""When the next micro-batch is filled: just before the model can begin with it. Sans-IO."""
+"""When a micro-batch is filled: just in time for the model. Sans-IO."""
 
 import heapq
 from dataclasses import dataclass

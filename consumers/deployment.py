@@ -18,6 +18,7 @@ from consumers.worker import Worker
 from inference.client import ServeInferencer
 from inference.redeploy import with_version
 from schemas.live import fixed_version, live_part, with_live_part
+from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
 from schemas.settings import Settings
 
@@ -46,6 +47,7 @@ class StreamWorker:
             instance_id=replica_name(settings, rank.rank if rank else 0),
             num_replicas=settings.model.num_replicas,
         )
+        spare_what_is_loaded()
         self._running = asyncio.create_task(self._worker.run())
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from inference.client import Inference, ModelDescription, engine_thread
 from inference.engine import EngineStatistics, load_engine
 from inference.redeploy import with_version
 from schemas.errors import ConfigError
+from schemas.pauses import spare_what_is_loaded
 from schemas.settings import ModelSettings, ServeSettings, WindowSettings
 
 DEPLOYMENT_NAME = "model"
@@ -29,6 +30,7 @@ class FeatureModel:
     def __init__(self, settings: ModelSettings, window: WindowSettings) -> None:
         self._thread = engine_thread()
         self._engine = self._thread.submit(load_engine, settings, window).result()
+        spare_what_is_loaded()
 
     async def infer(self, windows: NDArray[np.float32]) -> Inference:
         """Takes float32 (B, C, T). Raises ValueError for another shape; the replica lives on."""

@@ -18,6 +18,7 @@ from consumers.worker import Worker
 from inference.client import LocalInferencer, engine_thread
 from schemas.errors import ConfigError
 from schemas.live import demand_only_live, fixed_version
+from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
@@ -73,6 +74,7 @@ async def run_worker(
             loop.add_signal_handler(signal.SIGHUP, _reconfigure, worker.configure, reload)
         if settings.metrics.port:
             _serve_metrics(settings.metrics.port)
+        spare_what_is_loaded()
         on_started()
         try:
             await worker.run()
