@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from inference.model import CnnLstm, ModelConfig, Normalisation
+from inference.model import CnnLstm, ModelConfig, Normalisation, Precision
 from schemas.errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -66,6 +66,8 @@ class Artifact:
         model_version: ``<name>@<version>-<hash>``; the hash covers weights, sizes, normalisation
             and channel set, so two models that could differ in one feature never share a version.
         tolerance: largest absolute difference from ``reference`` that still counts as this model.
+        precision: what the layers compute in.
+        cuda_graphs: on a GPU, each batch shape is recorded once and replayed.
         card: Markdown: what it was trained on, what its features mean, what it must not be used
             for.
     """
@@ -80,7 +82,8 @@ class Artifact:
     reference: Reference
     card: str
     tolerance: float = DEFAULT_TOLERANCE
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
+    cuda_graphs: bool = True
 
     @classmethod
     def from_model(
@@ -111,11 +114,10 @@ class Artifact:
             )
         with torch.inference_mode():
             features, scores = frozen(torch.tensor(reference_windows))
-        digest = _digest(model.config, normalisation, channels_version, weights)
-        return cls(
+        draft = cls(
             name=name,
             version=version,
-            model_version=f"{name}@{version}-{digest}",
+            model_version="",
             channels_version=channels_version,
             config=model.config,
             normalisation=normalisation,
@@ -124,14 +126,44 @@ class Artifact:
             card=card,
             tolerance=tolerance,
         )
+        return replace(draft, model_version=draft.expected_version)
 
     def with_card(self, card: str) -> Self:
         """The same model version under another card."""
         return replace(self, card=card)
 
     def build_model(self) -> CnnLstm:
-        """A new module with these weights, on the CPU, in eval mode."""
+        """A new module with these weights, on the CPU, in float32, in eval mode."""
         return _build(self.config, self.normalisation, self.weights)
+
+    def as_variant(
+        self,
+        *,
+        precision: Precision | None = None,
+        cuda_graphs: bool | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        tolerance: float | None = None,
+    ) -> Self:
+        """The same model made to run otherwise, held to the same reference outputs.
+
+        Its ``model_version`` says so, unless only ``cuda_graphs`` or ``tolerance`` differ.
+        """
+        variant = replace(
+            self,
+            precision=precision or self.precision,
+            cuda_graphs=self.cuda_graphs if cuda_graphs is None else cuda_graphs,
+            weights=self.weights if weights is None else weights,
+            tolerance=tolerance or self.tolerance,
+        )
+        return replace(variant, model_version=variant.expected_version)
+
+    @property
+    def expected_version(self) -> str:
+        """What ``model_version`` must be for these contents."""
+        digest = _digest(
+            self.config, self.normalisation, self.channels_version, self.weights, self.precision
+        )
+        return f"{self.name}@{self.version}-{digest}"
 
 
 class _NormalisationFile(BaseModel):
@@ -150,7 +182,8 @@ class _ConfigFile(BaseModel):
     version: str = Field(pattern=_NAME_PATTERN)
     model_version: str
     channels_version: str = Field(min_length=1)
-    precision: Literal["fp32"]
+    precision: Precision
+    cuda_graphs: bool = True
     tolerance: float = Field(gt=0, allow_inf_nan=False)
     sizes: ModelConfig
     normalisation: _NormalisationFile
@@ -203,13 +236,6 @@ def load_artifact(
     _check_shapes(path, _WEIGHTS, weights, _weight_shapes(config))
     reference = _tensors(path, _REFERENCE, files[_REFERENCE])
     _check_shapes(path, _REFERENCE, reference, _reference_shapes(config, reference))
-    digest = _digest(config, normalisation, config_file.channels_version, weights)
-    expected = f"{config_file.name}@{config_file.version}-{digest}"
-    if config_file.model_version != expected:
-        raise ConfigError(
-            f"{path} calls itself {config_file.model_version}, but its contents are {expected}; "
-            "write it again with save_artifact"
-        )
     if channels_version is not None and channels_version != config_file.channels_version:
         raise ConfigError(
             f"{path} was made for channel set {config_file.channels_version!r}, not "
@@ -220,10 +246,10 @@ def load_artifact(
             f"{path} reads windows of {config.num_steps} steps, not {num_steps}; "
             f"set window.num_steps = {config.num_steps} or choose another model.artifact"
         )
-    return Artifact(
+    artifact = Artifact(
         name=config_file.name,
         version=config_file.version,
-        model_version=expected,
+        model_version=config_file.model_version,
         channels_version=config_file.channels_version,
         config=config,
         normalisation=normalisation,
@@ -232,7 +258,14 @@ def load_artifact(
         card=files[_CARD].decode("utf-8", "replace"),
         tolerance=config_file.tolerance,
         precision=config_file.precision,
+        cuda_graphs=config_file.cuda_graphs,
     )
+    if artifact.model_version != artifact.expected_version:
+        raise ConfigError(
+            f"{path} calls itself {artifact.model_version}, but its contents are "
+            f"{artifact.expected_version}; write it again with save_artifact"
+        )
+    return artifact
 
 
 def typical_windows(
@@ -258,6 +291,7 @@ def _digest(
     normalisation: Normalisation,
     channels_version: str,
     weights: Mapping[str, Tensor],
+    precision: Precision,
 ) -> str:
     """8 hex digits over all that decides a feature."""
     digest = hashlib.sha256()
@@ -267,6 +301,8 @@ def _digest(
         tensor = weights[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
+    if precision != "fp32":
+        digest.update(precision.encode())
     return digest.hexdigest()[:8]
 
 
@@ -281,6 +317,7 @@ def _encode(artifact: Artifact) -> dict[str, bytes]:
             model_version=artifact.model_version,
             channels_version=artifact.channels_version,
             precision=artifact.precision,
+            cuda_graphs=artifact.cuda_graphs,
             tolerance=artifact.tolerance,
             sizes=artifact.config,
             normalisation=_NormalisationFile(

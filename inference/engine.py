@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +11,11 @@ import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from inference.artifact import Artifact, load_artifact, typical_windows
 from inference.client import Inference, ModelDescription
-from inference.model import CnnLstm, ModelConfig, check_windows
+from inference.model import CnnLstm, ModelConfig, Precision, check_windows
+from inference.passes import EagerPass, GraphPass, Pass
 from inference.seeded import MARKET50_V1, seeded_artifact
 from schemas.errors import ConfigError, TransientError
 from schemas.placement import pin_thread
@@ -47,6 +47,7 @@ class EngineStatistics:
             Proven at warm-up on this machine; where False, features may differ in their last bits
             after a restart.
         num_padded_rows: rows computed for nothing, beside ``num_windows``.
+        num_out_of_memory: batch shapes given up because the device had no memory left for them.
         buckets: ascending; only those that the proof left.
     """
 
@@ -56,6 +57,7 @@ class EngineStatistics:
     num_calls: int
     num_windows: int
     num_padded_rows: int
+    num_out_of_memory: int
     buckets: tuple[BucketStatistics, ...]
 
 
@@ -66,10 +68,15 @@ class Engine:
     and compares the artifact's reference outputs. Calls block and must not overlap: give an engine
     one thread (``LocalInferencer`` does).
 
-    Side effects on the process: torch's thread count is ``num_threads``; on CUDA, TF32 is off and
-    deterministic algorithms are preferred.
+    A shape that the device has no memory for is given up, and its rows run in smaller ones.
+
+    Side effects on the process: torch's thread count is ``num_threads``; on CUDA, TF32 is on only
+    if the artifact says so, deterministic algorithms are preferred, and the memory that this
+    process may take there is limited.
 
     Args:
+        num_threads: on a CPU they compute; with a GPU they copy windows into pinned memory.
+        gpu_memory_fraction: of the device, for this process.
         max_batch: the largest bucket, 4 at least. More windows in one call are split.
 
     Raises:
@@ -84,16 +91,21 @@ class Engine:
         device: Device = "auto",
         num_threads: int = 1,
         max_batch: int = 256,
+        gpu_memory_fraction: float = 1.0,
     ) -> None:
         assert num_threads >= 1
         assert max_batch >= 1
         self._artifact = artifact
+        self.precision = artifact.precision
         self._num_threads = num_threads
-        self._device = _resolve(device)
+        self._device = resolve_device(device)
         if self._device.type == "cuda":
-            _prefer_exact_arithmetic()
-        self._model: CnnLstm = artifact.build_model().to(self._device)
-        self._staging: dict[int, Tensor] = {}
+            _prefer_exact_arithmetic(artifact.precision)
+            torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction)
+        model = artifact.build_model().to(self._device)
+        self._model: CnnLstm = model.set_precision(artifact.precision)
+        self._passes: dict[int, tuple[Pass, ...]] = {}
+        self._num_out_of_memory = 0
         self._plans: dict[int, tuple[int, ...]] = {0: ()}
         self._buckets: tuple[int, ...] = _candidate_buckets(max_batch)
         self._cost_s: dict[int, float] = {}
@@ -110,18 +122,18 @@ class Engine:
             TransientError: the device is out of memory.
         """
         check_windows(self._artifact.config, windows.shape, str(windows.dtype))
-        plan = self._plan(len(windows))
-        outputs = self._run_plan(windows, plan)
+        while True:
+            plan = self._plan(len(windows))
+            try:
+                features, scores = self._run_plan(windows, plan)
+                break
+            except torch.OutOfMemoryError:
+                self._give_up(max(plan))
         self._num_calls += 1
         self._num_windows += len(windows)
         self._num_padded_rows += sum(plan) - len(windows)
         self._calls_by_bucket.update(plan)
-        num_features = self._artifact.config.num_features
-        return Inference(
-            features=np.ascontiguousarray(outputs[:, :num_features]),
-            scores=np.ascontiguousarray(outputs[:, num_features:]),
-            model_version=self._artifact.model_version,
-        )
+        return Inference(features, scores, self._artifact.model_version)
 
     def describe(self) -> ModelDescription:
         config = self._artifact.config
@@ -144,6 +156,7 @@ class Engine:
             num_calls=self._num_calls,
             num_windows=self._num_windows,
             num_padded_rows=self._num_padded_rows,
+            num_out_of_memory=self._num_out_of_memory,
             buckets=tuple(
                 BucketStatistics(bucket, self._calls_by_bucket[bucket]) for bucket in self._buckets
             ),
@@ -156,7 +169,8 @@ class Engine:
         the artifact's tolerance: this device does not compute this model.
         """
         reference = self._artifact.reference
-        outputs = self._run_plan(reference.windows, self._plan(len(reference.windows)))
+        plan = self._plan(len(reference.windows))
+        outputs = np.concatenate(self._run_plan(reference.windows, plan), axis=1)
         expected = np.concatenate([reference.features, reference.scores], axis=1)
         error = float(np.abs(outputs - expected).max())
         if not error <= self._artifact.tolerance:  # so that NaN fails too
@@ -188,40 +202,63 @@ class Engine:
     def _plan_cost_s(self, plan: Sequence[int]) -> float:
         return sum(self._cost_s[bucket] for bucket in plan)
 
-    def _run_plan(self, windows: NDArray[np.float32], plan: Sequence[int]) -> NDArray[np.float32]:
-        """float32 (B, F + S)."""
-        config = self._artifact.config
-        outputs = np.empty((len(windows), config.num_features + config.num_scores), np.float32)
-        start = 0
-        for bucket in plan:
-            end = min(start + bucket, len(windows))
-            outputs[start:end] = self._run_bucket(bucket, windows[start:end])
-            start = end
-        return outputs
-
-    @torch.inference_mode()
-    def _run_bucket(self, bucket: int, windows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Runs up to ``bucket`` rows, padded with zeros. The only place that runs the model.
-
-        Zeros, so that nothing of an earlier call is left even where rows depend on each other.
-        """
+    def _run_plan(
+        self, windows: NDArray[np.float32], plan: Sequence[int]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Features (B, F) and scores (B, S), float32. The only place that runs the model."""
         torch.set_num_threads(self._num_threads)  # OpenMP counts per calling thread
-        if bucket not in self._staging:
-            config = self._artifact.config
-            self._staging[bucket] = torch.zeros((bucket, config.num_channels, config.num_steps))
-        staging = self._staging[bucket]
-        rows = staging.numpy()
-        rows[: len(windows)] = windows
-        rows[len(windows) :] = 0
-        try:
-            features, scores = self._model(staging.to(self._device))
-            outputs: Tensor = torch.cat([features, scores], dim=1).cpu()
-        except torch.OutOfMemoryError as error:
+        config = self._artifact.config
+        features = np.empty((len(windows), config.num_features), np.float32)
+        scores = np.empty((len(windows), config.num_scores), np.float32)
+        running: deque[tuple[Pass, slice]] = deque()
+
+        def finish_first() -> None:
+            one, rows = running.popleft()
+            outputs = one.finish()
+            features[rows] = outputs[:, : config.num_features]
+            scores[rows] = outputs[:, config.num_features :]
+
+        start = 0
+        for number, bucket in enumerate(plan):
+            rows = slice(start, min(start + bucket, len(windows)))
+            passes = self._passes_of(bucket)
+            chosen = passes[number % len(passes)]
+            while any(one is chosen for one, _ in running):
+                finish_first()
+            chosen.begin(windows[rows])
+            running.append((chosen, rows))
+            start = rows.stop
+        while running:
+            finish_first()
+        return features, scores
+
+    def _passes_of(self, bucket: int) -> tuple[Pass, ...]:
+        if bucket not in self._passes:
+            if self._device.type == "cuda" and self._artifact.cuda_graphs:
+                graphs = [GraphPass(self._model, bucket, self._device) for _ in range(2)]
+                self._passes[bucket] = tuple(graphs)
+            else:
+                self._passes[bucket] = (EagerPass(self._model, bucket, self._device),)
+        return self._passes[bucket]
+
+    def _give_up(self, bucket: int) -> None:
+        """Forgets a shape that the device has no memory for, and all larger ones.
+
+        Raises TransientError if none is left.
+        """
+        self._num_out_of_memory += 1
+        smaller = tuple(size for size in self._buckets if size < bucket)
+        if not smaller:
             raise TransientError(
-                f"{self._device} has no memory left for a batch of {bucket} windows; free some, "
-                "or lower model.max_batch"
-            ) from error
-        return outputs.numpy()[: len(windows)]
+                f"{self._device} has no memory left for a batch of {bucket} windows; free some, or "
+                "raise model.gpu_memory_fraction"
+            )
+        log.warning("engine_out_of_memory", bucket=bucket, buckets=list(smaller))
+        self._buckets = smaller
+        self._passes = {size: one for size, one in self._passes.items() if size < bucket}
+        self._plans = {0: ()}
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _keep_equal_buckets(self) -> bool:
         """Leaves the buckets that give a row equal bits at every position; False if none does.
@@ -233,7 +270,11 @@ class Engine:
         probes = self._probe_windows()
         agreeing: dict[bytes, list[int]] = {}
         for bucket in self._buckets:
-            bits, self._cost_s[bucket] = self._probe(bucket, probes)
+            try:
+                bits, self._cost_s[bucket] = self._probe(bucket, probes)
+            except torch.OutOfMemoryError:
+                self._give_up(bucket)
+                break
             if bits is not None:
                 agreeing.setdefault(bits, []).append(bucket)
         dropped: set[int] = set()
@@ -275,7 +316,7 @@ class Engine:
         cost_s = float("inf")
         for layout in layouts:
             start_s = time.perf_counter()
-            outputs = self._run_bucket(bucket, probes[layout])
+            outputs = np.concatenate(self._run_plan(probes[layout], (bucket,)), axis=1)
             cost_s = min(cost_s, time.perf_counter() - start_s)
             for probe, output in zip(layout.tolist(), outputs, strict=True):
                 bits.setdefault(probe, set()).add(output.tobytes())
@@ -313,6 +354,7 @@ def load_engine(settings: ModelSettings, window: WindowSettings | None = None) -
         device=settings.device,
         num_threads=settings.num_threads,
         max_batch=settings.max_batch,
+        gpu_memory_fraction=settings.gpu_memory_fraction,
     )
 
 
@@ -324,7 +366,8 @@ def _candidate_buckets(max_batch: int) -> tuple[int, ...]:
     return (*buckets, max_batch) if max_batch > buckets[-1] else tuple(buckets)
 
 
-def _resolve(device: Device) -> torch.device:
+def resolve_device(device: Device) -> torch.device:
+    """The device of that name here. Raises ConfigError if there is none."""
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError(
@@ -334,14 +377,14 @@ def _resolve(device: Device) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu")
 
 
-def _prefer_exact_arithmetic() -> None:
-    """Process-wide: no TF32, no autotuned kernels, deterministic ones where torch has them.
+def _prefer_exact_arithmetic(precision: Precision) -> None:
+    """Process-wide: TF32 only if asked for, deterministic kernels where torch has them, untuned.
 
     For CUDA alone: a CPU has none of these choices, and the last call imports for seconds.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
     # Filling costs time and changes nothing: no kernel here reads what it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,5 +1,7 @@
 """The network: a normalised window in, a feature vector and named scores out."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, Self
 
 import numpy as np
@@ -7,6 +9,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+_DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
 
 
 class ModelConfig(BaseModel):
@@ -115,11 +122,21 @@ class CnnLstm(nn.Module):
         """
         check_windows(self.config, tuple(windows.shape), str(windows.dtype).removeprefix("torch."))
         normalised = ((windows - self.mean) / self.scale).clamp(-self.clip, self.clip)
-        steps = self.conv(normalised).transpose(1, 2)  # (B, T, conv channels)
+        steps = self.conv(normalised.to(self.head.weight.dtype)).transpose(1, 2)  # (B, T, conv)
         hidden, _ = self.lstm(steps)
-        outputs = self.head(hidden[:, -1])
+        outputs = self.head(hidden[:, -1]).float()
         features, logits = outputs.tensor_split((self.config.num_features,), dim=1)
         return features, self._activate(logits)
+
+    def set_precision(self, precision: Precision) -> Self:
+        """Has the layers compute in this precision; what goes in and comes out stays float32.
+
+        ``tf32`` is float32 here: it is a switch of the process, which ``Engine`` sets.
+        """
+        for layers in (self.conv, self.lstm, self.head):
+            layers.to(_DTYPES[precision])
+        self.lstm.flatten_parameters()
+        return self
 
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.score_activation == "softmax":

@@ -165,7 +165,12 @@ class ModelSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`cpu` or `cuda`; `auto` takes a GPU if torch sees one."
     )
-    num_threads: int = Field(1, ge=1, description="Torch's, on a CPU.")
+    num_threads: int = Field(
+        1, ge=1, description="Torch's: they compute, or copy windows to a GPU's staging memory."
+    )
+    gpu_memory_fraction: Fraction = Field(
+        1.0, gt=0, description="Of a GPU, for each process that holds a model."
+    )
     cpu_affinity: Cores = Field(
         [],
         description="The cores that its threads run on; none: those of its process. Replicas on "

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from inference.artifact import typical_windows
 from inference.engine import Engine, load_engine
-from inference.model import CnnLstm, ModelConfig
+from inference.model import CnnLstm, ModelConfig, Precision
+from inference.passes import EagerPass
 from inference.seeded import seeded_artifact
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, TransientError
 from schemas.settings import ModelSettings, WindowSettings
 
 DEFAULT = ModelConfig(score_names=("up", "down"))
@@ -124,6 +126,75 @@ def test_every_window_is_computed_once_and_counted(num_windows: int) -> None:
     )
     assert computed == num_windows + after.num_padded_rows - before.num_padded_rows
     assert computed - num_windows < MAX_BATCH
+
+
+@functools.cache
+def variant_of(precision: Precision) -> Engine:
+    variant = seeded_artifact(config=DEFAULT).as_variant(precision=precision, tolerance=0.05)
+    return Engine(variant, device="cpu", max_batch=MAX_BATCH)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_nan_stays_in_its_own_row_and_the_rest_is_the_model_s(
+    precision: Precision, data: st.DataObject
+) -> None:
+    """Whatever the variant and the bucket."""
+    engine = variant_of(precision)
+    num_windows = data.draw(st.integers(1, 70), label="windows")
+    spoilt = data.draw(st.integers(0, num_windows - 1), label="spoilt")
+    artifact = seeded_artifact(config=DEFAULT)
+    windows = typical_windows(DEFAULT, artifact.normalisation, num_windows, seed=num_windows)
+    clean = engine.infer(windows)
+    dirty = windows.copy()
+    dirty[spoilt, 7, 3] = np.nan
+    found = engine.infer(dirty)
+    others = np.arange(num_windows) != spoilt
+    np.testing.assert_array_equal(found.features[others], clean.features[others])
+    assert np.isnan(found.features[spoilt]).all()
+    exact = engine_of(DEFAULT).infer(windows)
+    limit = 1e-5 if precision == "fp32" else 0.05
+    assert np.abs(clean.features - exact.features).max() <= limit
+    assert np.abs(clean.scores - exact.scores).max() <= limit
+
+
+def test_a_batch_that_memory_is_short_for_runs_in_smaller_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(seeded_artifact(config=TINY), device="cpu", max_batch=32)
+    windows = np.random.default_rng(3).normal(size=(70, 50, 60)).astype(np.float32)
+    expected = engine.infer(windows)
+    begin = EagerPass.begin
+
+    def short(self: EagerPass, rows: Windows) -> None:
+        if len(rows) > 8:
+            raise torch.OutOfMemoryError("planted")
+        begin(self, rows)
+
+    monkeypatch.setattr(EagerPass, "begin", short)
+    found = engine.infer(windows)
+    np.testing.assert_array_equal(found.features, expected.features)
+    statistics = engine.statistics()
+    assert statistics.num_out_of_memory == 2, "32, then 16"
+    assert [bucket.num_rows for bucket in statistics.buckets] == [4, 8]
+    assert statistics.num_windows == 140, "no window is counted twice"
+
+    def none(self: EagerPass, rows: Windows) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(EagerPass, "begin", none)
+    with pytest.raises(TransientError, match="no memory left for a batch of 4 windows"):
+        engine.infer(windows)
+
+
+def test_windows_that_may_not_be_written_are_read() -> None:
+    """Serve hands over memory that others share."""
+    windows = pool(TINY)[:4].copy()
+    windows.flags.writeable = False
+    np.testing.assert_array_equal(
+        engine_of(TINY).infer(windows).features, engine_of(TINY).infer(windows.copy()).features
+    )
 
 
 def test_the_engine_answers_as_the_model_does() -> None:

@@ -1,5 +1,6 @@
 """The command line's own decisions: bad use, exit codes, percentiles, mixes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -174,3 +175,34 @@ def test_a_mix_that_says_nothing_is_refused(text: str) -> None:
 def test_flags_have_names() -> None:
     assert flag_names(Flags.GAP | Flags.STALE) == "gap, stale"
     assert flag_names(Flags(0)) == ""
+
+
+def test_a_model_is_inspected_timed_and_optimised(tmp_path: Path) -> None:
+    """Together, as a user would: each command of its own loads torch for seconds."""
+    small = {"TAPELINE_MODEL__MAX_BATCH": "4"}
+    seen = run_cli("model", "inspect", "--json", folder=tmp_path)
+    assert seen.returncode == 0, seen.stderr
+    facts = json.loads(seen.stdout)
+    assert facts["model version"].startswith("cnn-lstm-seeded@0-")
+    assert facts["parameters"] == 306_816
+    assert "random" in facts["card"]
+
+    arguments = ["--size", "1", "--size", "6", "--seconds", "0", "--csv", "table.csv", "--json"]
+    timed = run_cli("model", "bench", *arguments, folder=tmp_path, environment=small)
+    assert timed.returncode == 0, timed.stderr
+    assert [one["num_windows"] for one in json.loads(timed.stdout)["timings"]] == [1, 6]
+    assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("windows,p50_ms")
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+
+    arguments = ["model", "optimize", "fast", "--max-error", "1e-9", "--json"]
+    tried = run_cli(*arguments, folder=tmp_path, environment=small)
+    assert tried.returncode == 0, tried.stderr
+    report = json.loads(tried.stdout)
+    assert [one["kept"] for one in report["steps"]] == [False], "no variant is as exact as that"
+    assert report["written"] is None
+    assert not (tmp_path / "fast").exists()
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
+    done = run_cli("model", "inspect", "nowhere", folder=tmp_path)
+    assert_one_sentence(done, naming="there is no model artifact at nowhere")

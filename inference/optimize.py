@@ -1,0 +1,181 @@
+"""Finds the variant of a model that runs fastest here and still is that model.
+
+One change after the other, each on top of those kept. A change stays only if its outputs are within
+``max_error`` of the fp32 reference and its calls measure faster, in one run, taking turns with what
+it would replace.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils import prune
+
+from inference.artifact import Artifact, typical_windows
+from inference.bench import compare_calls, hardware
+from inference.engine import Device, Engine, resolve_device
+from schemas.errors import ConfigError
+
+DEFAULT_MAX_ERROR = 0.01
+_MIN_GAIN = 1.03  # less is noise
+_NUM_TYPICAL = 64
+
+Change = Callable[[Artifact], Artifact]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change that was tried.
+
+    Attributes:
+        kept: it is part of the result.
+        why: in words.
+        max_error: largest absolute difference of an output from fp32; None if it did not run.
+        call_ms: by windows in a call: the median without the change and with it.
+        gain: how many times faster, geometric mean over ``call_ms``; None if it was not timed.
+        row_invariant: a window's bits do not depend on its micro-batch.
+    """
+
+    change: str
+    kept: bool
+    why: str
+    max_error: float | None = None
+    gain: float | None = None
+    call_ms: Mapping[int, tuple[float, float]] | None = None
+    row_invariant: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Optimized:
+    """What came of it.
+
+    Attributes:
+        artifact: the given one if no change was kept.
+    """
+
+    artifact: Artifact
+    hardware: str
+    max_error: float
+    steps: tuple[Step, ...]
+
+
+def optimize(
+    artifact: Artifact,
+    *,
+    device: Device = "auto",
+    num_threads: int = 1,
+    max_batch: int = 256,
+    max_error: float = DEFAULT_MAX_ERROR,
+    prune_amount: float = 0.0,
+    on_step: Callable[[Step], None] = lambda _: None,
+) -> Optimized:
+    """Tries every change that this device has.
+
+    Args:
+        max_error: of any feature or score, absolute; the result's ``tolerance`` if anything but
+            exact arithmetic is kept.
+        prune_amount: of each convolution's weights, 0 to 1: the smallest are set to 0. 0: not
+            tried.
+        on_step: told of each step when it is decided.
+
+    Raises:
+        ConfigError: the artifact is not fp32, or its reference cannot be met on this device.
+    """
+    if artifact.precision != "fp32":
+        raise ConfigError(
+            f"{artifact.model_version} is a {artifact.precision} variant already; "
+            "optimise the fp32 artifact that it was made from"
+        )
+    kind = resolve_device(device).type
+    load = partial(Engine, device=device, num_threads=num_threads, max_batch=max_batch)
+    best = artifact.as_variant(cuda_graphs=False)
+    engine = load(best)
+    checked = _Checked(artifact, load(artifact.as_variant(cuda_graphs=False)))
+    sizes = sorted({1, min(32, max_batch), max_batch})
+    steps: list[Step] = []
+    for name, change in _changes(kind, prune_amount):
+        candidate = change(best).as_variant(tolerance=max(max_error, artifact.tolerance))
+        step, faster = _try(name, engine, best, candidate, load, checked, max_error, sizes)
+        if faster:
+            best, engine = candidate, faster
+        steps.append(step)
+        on_step(step)
+    if kind == "cpu":
+        best = best.as_variant(cuda_graphs=True)  # says nothing on a CPU; a GPU wants them
+    if best.model_version == artifact.model_version:  # the same arithmetic: nothing is less exact
+        best = best.as_variant(tolerance=artifact.tolerance)
+    return Optimized(best, hardware(kind), max_error, tuple(steps))
+
+
+class _Checked:
+    """Windows with the outputs that the fp32 model gives: the artifact's own and typical ones."""
+
+    def __init__(self, artifact: Artifact, engine: Engine) -> None:
+        typical = typical_windows(artifact.config, artifact.normalisation, _NUM_TYPICAL, seed=3)
+        self.windows = np.concatenate([artifact.reference.windows, typical])
+        self.expected = _outputs(engine, self.windows)
+
+    def max_error(self, engine: Engine) -> float:
+        return float(np.abs(_outputs(engine, self.windows) - self.expected).max())
+
+
+def _outputs(engine: Engine, windows: NDArray[np.float32]) -> NDArray[np.float32]:
+    inference = engine.infer(windows)
+    return np.concatenate([inference.features, inference.scores], axis=1)
+
+
+def _changes(device: str, prune_amount: float) -> Iterator[tuple[str, Change]]:
+    if device == "cuda":
+        yield "CUDA graphs", lambda one: one.as_variant(cuda_graphs=True)
+    if prune_amount:
+        name = f"l1 pruning of convolutions, {prune_amount:.0%}"
+        yield name, lambda one: one.as_variant(weights=_pruned(one, prune_amount))
+    if device == "cuda":
+        yield "TF32", lambda one: one.as_variant(precision="tf32")
+    yield "bf16", lambda one: one.as_variant(precision="bf16")
+    if device == "cuda":  # a CPU has no arithmetic for it
+        yield "fp16", lambda one: one.as_variant(precision="fp16")
+
+
+def _pruned(artifact: Artifact, amount: float) -> dict[str, Tensor]:
+    model = artifact.build_model()
+    for layer in model.conv:
+        if isinstance(layer, torch.nn.Conv1d):
+            prune.l1_unstructured(layer, "weight", amount)  # type: ignore[no-untyped-call]
+            prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _try(
+    name: str,
+    engine: Engine,
+    best: Artifact,
+    candidate: Artifact,
+    load: Callable[[Artifact], Engine],
+    checked: _Checked,
+    max_error: float,
+    sizes: list[int],
+) -> tuple[Step, Engine | None]:
+    """The step, and the candidate's engine if it is to be kept."""
+    try:
+        tried = load(candidate)
+    except (ConfigError, RuntimeError) as error:  # beyond its tolerance, or no such kernel here
+        return Step(name, False, f"does not run here: {str(error).splitlines()[0]}"), None
+    off = checked.max_error(tried)
+    if not off <= max_error:  # so that NaN fails too
+        why = f"outputs are off by {off:.2g}, more than {max_error:g}"
+        return Step(name, False, why, off, row_invariant=tried.row_invariant), None
+    if engine.row_invariant and not tried.row_invariant:
+        why = "a window's bits would depend on its micro-batch"
+        return Step(name, False, why, off, row_invariant=False), None
+    pairs = {size: compare_calls([engine, tried], best, size) for size in sizes}
+    call_ms = {size: (round(old, 3), round(new, 3)) for size, (old, new) in pairs.items()}
+    gain = math.exp(sum(math.log(old / new) for old, new in pairs.values()) / len(pairs))
+    kept = gain >= _MIN_GAIN
+    why = f"{gain:.2f} times as fast" if kept else f"no faster ({gain:.2f} times)"
+    return Step(name, kept, why, off, gain, call_ms, tried.row_invariant), tried if kept else None
