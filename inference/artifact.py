@@ -1,7 +1,7 @@
 """A model as a folder: everything that makes its features, and nothing that runs code.
 
     config.json             sizes, normalisation, channel set, score names, precision, tolerance
-    weights.safetensors     float32, named as in ``CnnLstm.state_dict()``
+    weights.safetensors     named as in the network's ``state_dict()``
     reference.safetensors   windows with the features and scores they must give
     README.md               the model card
     manifest.json           sha256 of each file above
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import safetensors
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from inference.model import CnnLstm, ModelConfig, Normalisation, Precision
+from inference.model import CNN_LSTM, ModelConfig, Network, Normalisation, Precision, build_network
 from schemas.errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -88,7 +88,7 @@ class Artifact:
     @classmethod
     def from_model(
         cls,
-        model: CnnLstm,
+        model: Network,
         *,
         name: str,
         version: str,
@@ -132,7 +132,7 @@ class Artifact:
         """The same model version under another card."""
         return replace(self, card=card)
 
-    def build_model(self) -> CnnLstm:
+    def build_model(self) -> Network:
         """A new module with these weights, on the CPU, in float32, in eval mode."""
         return _build(self.config, self.normalisation, self.weights)
 
@@ -164,6 +164,13 @@ class Artifact:
             self.config, self.normalisation, self.channels_version, self.weights, self.precision
         )
         return f"{self.name}@{self.version}-{digest}"
+
+
+class _Expected(NamedTuple):
+    """What a tensor in a file must be."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
 
 class _NormalisationFile(BaseModel):
@@ -233,7 +240,7 @@ def load_artifact(
     config = config_file.sizes
     normalisation = _normalisation(path, config_file)
     weights = _tensors(path, _WEIGHTS, files[_WEIGHTS])
-    _check_shapes(path, _WEIGHTS, weights, _weight_shapes(config))
+    _check_shapes(path, _WEIGHTS, weights, _expected_weights(path, config))
     reference = _tensors(path, _REFERENCE, files[_REFERENCE])
     _check_shapes(path, _REFERENCE, reference, _reference_shapes(config, reference))
     if channels_version is not None and channels_version != config_file.channels_version:
@@ -280,8 +287,8 @@ def typical_windows(
 
 def _build(
     config: ModelConfig, normalisation: Normalisation, weights: Mapping[str, Tensor]
-) -> CnnLstm:
-    model = CnnLstm(config, normalisation)
+) -> Network:
+    model = build_network(config, normalisation)
     model.load_state_dict(weights)
     return model.eval()
 
@@ -295,7 +302,9 @@ def _digest(
 ) -> str:
     """8 hex digits over all that decides a feature."""
     digest = hashlib.sha256()
-    digest.update(_json([config.model_dump(mode="json"), channels_version, normalisation.clip]))
+    added_later = {"architecture", "options"} if config.architecture == CNN_LSTM else set()
+    sizes = config.model_dump(mode="json", exclude=added_later)
+    digest.update(_json([sizes, channels_version, normalisation.clip]))
     digest.update(normalisation.mean.tobytes() + normalisation.scale.tobytes())
     for name in sorted(weights):
         tensor = weights[name]
@@ -407,21 +416,29 @@ def _tensors(path: Path, name: str, content: bytes) -> dict[str, Tensor]:
         raise ConfigError(f"{path / name} is not a safetensors file: {error}") from error
 
 
-def _weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):  # shapes alone: no memory, no random numbers
-        model = CnnLstm(config, Normalisation([0] * config.num_channels, [1] * config.num_channels))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _reference_shapes(
-    config: ModelConfig, reference: Mapping[str, Tensor]
-) -> dict[str, tuple[int, ...]]:
-    windows = reference.get("windows")
-    num_windows = len(windows) if windows is not None and windows.dim() else 0
+def _expected_weights(path: Path, config: ModelConfig) -> dict[str, _Expected]:
+    normalisation = Normalisation([0] * config.num_channels, [1] * config.num_channels)
+    try:
+        if config.architecture == CNN_LSTM:
+            with torch.device("meta"):  # shapes alone: no memory, no random numbers
+                model = build_network(config, normalisation)
+        else:
+            model = build_network(config, normalisation)
+    except ValueError as error:
+        raise ConfigError(f"{path / _CONFIG}: sizes: {error}") from error
     return {
-        "windows": (max(num_windows, 1), config.num_channels, config.num_steps),
-        "features": (max(num_windows, 1), config.num_features),
-        "scores": (max(num_windows, 1), config.num_scores),
+        name: _Expected(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _reference_shapes(config: ModelConfig, reference: Mapping[str, Tensor]) -> dict[str, _Expected]:
+    windows = reference.get("windows")
+    num_windows = max(len(windows) if windows is not None and windows.dim() else 0, 1)
+    return {
+        "windows": _Expected((num_windows, config.num_channels, config.num_steps)),
+        "features": _Expected((num_windows, config.num_features)),
+        "scores": _Expected((num_windows, config.num_scores)),
     }
 
 
@@ -429,22 +446,22 @@ def _check_shapes(
     path: Path,
     file_name: str,
     tensors: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, _Expected],
 ) -> None:
     where = path / file_name
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ConfigError(f"{where} lacks {', '.join(missing)}, which {_CONFIG}'s sizes ask for")
     if extra := sorted(tensors.keys() - expected.keys()):
         raise ConfigError(f"{where} holds {', '.join(extra)}, unknown to {_CONFIG}'s sizes")
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise ConfigError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, "
                 f"{_CONFIG}'s sizes ask for {shape}"
             )
-        if tensor.dtype != torch.float32:
-            raise ConfigError(f"{where}: {name} is {tensor.dtype}, only float32 is known")
+        if tensor.dtype != dtype:
+            raise ConfigError(f"{where}: {name} is {tensor.dtype}, it must be {dtype}")
         if not tensor.isfinite().all():
             raise ConfigError(f"{where}: {name} holds values that are not finite")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from inference.artifact import Artifact, load_artifact, typical_windows
 from inference.client import Inference, ModelDescription
-from inference.model import CnnLstm, ModelConfig, Precision, check_windows
+from inference.model import ModelConfig, Network, Precision, check_windows
 from inference.passes import EagerPass, GraphPass, Pass
 from inference.seeded import MARKET50_V1, seeded_artifact
 from schemas.errors import ConfigError, TransientError
@@ -103,7 +103,7 @@ class Engine:
             _prefer_exact_arithmetic(artifact.precision)
             torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction)
         model = artifact.build_model().to(self._device)
-        self._model: CnnLstm = model.set_precision(artifact.precision)
+        self._model: Network = model.set_precision(artifact.precision)
         self._passes: dict[int, tuple[Pass, ...]] = {}
         self._num_out_of_memory = 0
         self._plans: dict[int, tuple[int, ...]] = {0: ()}

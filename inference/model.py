@@ -1,5 +1,6 @@
-"""The network: a normalised window in, a feature vector and named scores out."""
+"""The network: a window in, a feature vector and named scores out. Ours, or the user's own."""
 
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, Self
@@ -7,7 +8,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -16,11 +17,23 @@ _DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
 )
 
 
+CNN_LSTM = "cnn_lstm"
+
+
 class ModelConfig(BaseModel):
-    """The sizes of one CNN+LSTM. They are part of its artifact."""
+    """What a network reads and gives, and its own sizes. They are part of its artifact.
+
+    ``conv_channels`` to ``lstm_layers`` are the CNN+LSTM's; another architecture has ``options``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    architecture: str = Field(
+        CNN_LSTM,
+        pattern=rf"^({CNN_LSTM}|[\w.]+:\w+)$",
+        description="`cnn_lstm`, or `package.module:Class` of an `nn.Module`.",
+    )
+    options: dict[str, JsonValue] = Field({}, description="Of that class's constructor, by name.")
     num_channels: int = Field(50, ge=1, le=4096)
     num_steps: int = Field(60, ge=1, le=4096)
     conv_channels: tuple[int, ...] = Field((64, 128), min_length=1, max_length=16)
@@ -40,6 +53,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
+        if self.options and self.architecture == CNN_LSTM:
+            raise ValueError("options are another architecture's; cnn_lstm has sizes of its own")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if len(set(self.score_names)) < len(self.score_names):
@@ -82,12 +97,10 @@ class Normalisation:
         self.mean.flags.writeable = self.scale.flags.writeable = False
 
 
-class CnnLstm(nn.Module):
-    """Convolutions over time, an LSTM over their output, a linear head on its last step.
+class Network(nn.Module):
+    """What every architecture shares: normalisation before it, activation of the scores behind.
 
-    A window lies wholly in the past, so the convolutions look both ways (padding ``same``): no step
-    of it is hidden from another. Normalisation is a buffer outside the state dict: the artifact's
-    config holds it, once.
+    Normalisation is a buffer outside the state dict: the artifact's config holds it, once.
     """
 
     mean: Tensor
@@ -102,9 +115,57 @@ class CnnLstm(nn.Module):
             )
         self.config = config
         self.clip = normalisation.clip
+        self._dtype = torch.float32
         for name in ("mean", "scale"):
             column = torch.tensor(getattr(normalisation, name)).reshape(-1, 1)  # (C, 1): over steps
             self.register_buffer(name, column, persistent=False)
+
+    def encode(self, normalised: Tensor) -> Tensor:
+        """Takes (B, C, T) in the layers' precision; gives (B, F + S), scores before activation."""
+        raise NotImplementedError
+
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes float32 (B, C, T), oldest step first; gives features (B, F) and scores (B, S).
+
+        Raises ValueError for another shape or dtype.
+        """
+        check_windows(self.config, tuple(windows.shape), str(windows.dtype).removeprefix("torch."))
+        normalised = ((windows - self.mean) / self.scale).clamp(-self.clip, self.clip)
+        outputs = self.encode(normalised.to(self._dtype)).float()
+        features, logits = outputs.tensor_split((self.config.num_features,), dim=1)
+        return features, self._activate(logits)
+
+    def set_precision(self, precision: Precision) -> Self:
+        """Has the layers compute in this precision; what goes in and comes out stays float32.
+
+        ``tf32`` is float32 here: it is a switch of the process, which ``Engine`` sets.
+        """
+        self._dtype = _DTYPES[precision]
+        for layers in self.children():
+            layers.to(self._dtype)
+        for layer in self.modules():
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()
+        return self
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        if self.config.score_activation == "softmax":
+            return logits.softmax(dim=-1)
+        # A sigmoid is the softmax of (x, 0). Torch's own runs over the flat batch, whose last few
+        # values take another code path and round otherwise; a softmax treats each row alike.
+        pairs = torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+        return pairs.softmax(dim=-1)[..., 0]
+
+
+class CnnLstm(Network):
+    """Convolutions over time, an LSTM over their output, a linear head on its last step.
+
+    A window lies wholly in the past, so the convolutions look both ways (padding ``same``): no step
+    of it is hidden from another.
+    """
+
+    def __init__(self, config: ModelConfig, normalisation: Normalisation) -> None:
+        super().__init__(config, normalisation)
         layers: list[nn.Module] = []
         num_in = config.num_channels
         for num_out in config.conv_channels:
@@ -115,36 +176,50 @@ class CnnLstm(nn.Module):
         # One product for both: a head of few outputs gets kernels of its own, that round otherwise.
         self.head = nn.Linear(config.lstm_hidden, config.num_features + config.num_scores)
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes float32 (B, C, T), oldest step first; gives features (B, F) and scores (B, S).
-
-        Raises ValueError for another shape or dtype.
-        """
-        check_windows(self.config, tuple(windows.shape), str(windows.dtype).removeprefix("torch."))
-        normalised = ((windows - self.mean) / self.scale).clamp(-self.clip, self.clip)
-        steps = self.conv(normalised.to(self.head.weight.dtype)).transpose(1, 2)  # (B, T, conv)
+    def encode(self, normalised: Tensor) -> Tensor:
+        steps = self.conv(normalised).transpose(1, 2)  # (B, T, conv channels)
         hidden, _ = self.lstm(steps)
-        outputs = self.head(hidden[:, -1]).float()
-        features, logits = outputs.tensor_split((self.config.num_features,), dim=1)
-        return features, self._activate(logits)
+        outputs: Tensor = self.head(hidden[:, -1])
+        return outputs
 
-    def set_precision(self, precision: Precision) -> Self:
-        """Has the layers compute in this precision; what goes in and comes out stays float32.
 
-        ``tf32`` is float32 here: it is a switch of the process, which ``Engine`` sets.
-        """
-        for layers in (self.conv, self.lstm, self.head):
-            layers.to(_DTYPES[precision])
-        self.lstm.flatten_parameters()
-        return self
+class OwnNetwork(Network):
+    """The user's ``nn.Module``, found by its import path: (B, C, T) normalised in, (B, F + S) out.
 
-    def _activate(self, logits: Tensor) -> Tensor:
-        if self.config.score_activation == "softmax":
-            return logits.softmax(dim=-1)
-        # A sigmoid is the softmax of (x, 0). Torch's own runs over the flat batch, whose last few
-        # values take another code path and round otherwise; a softmax treats each row alike.
-        pairs = torch.stack([logits, torch.zeros_like(logits)], dim=-1)
-        return pairs.softmax(dim=-1)[..., 0]
+    Raises ValueError in its constructor if the class cannot be found or built, and when it gives
+    another shape.
+    """
+
+    def __init__(self, config: ModelConfig, normalisation: Normalisation) -> None:
+        super().__init__(config, normalisation)
+        module_name, _, class_name = config.architecture.partition(":")
+        try:
+            body = getattr(importlib.import_module(module_name), class_name)(**config.options)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"architecture {config.architecture!r} cannot be built: {error}; install the "
+                "package that holds it, or mend options"
+            ) from error
+        if not isinstance(body, nn.Module):
+            raise ValueError(f"architecture {config.architecture!r} is no torch.nn.Module")
+        self.body = body
+
+    def encode(self, normalised: Tensor) -> Tensor:
+        outputs: Tensor = self.body(normalised)
+        expected = (len(normalised), self.config.num_features + self.config.num_scores)
+        if tuple(outputs.shape) != expected:
+            raise ValueError(
+                f"{self.config.architecture} gave outputs of shape {tuple(outputs.shape)} for "
+                f"{expected[0]} windows; {self.config.num_features} features and "
+                f"{self.config.num_scores} scores ask for {expected}"
+            )
+        return outputs
+
+
+def build_network(config: ModelConfig, normalisation: Normalisation) -> Network:
+    """A new network with weights as its constructor leaves them. Raises ValueError."""
+    kind = CnnLstm if config.architecture == CNN_LSTM else OwnNetwork
+    return kind(config, normalisation)
 
 
 def check_windows(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> None:

@@ -144,8 +144,8 @@ def _changes(device: str, prune_amount: float) -> Iterator[tuple[str, Change]]:
 
 def _pruned(artifact: Artifact, amount: float) -> dict[str, Tensor]:
     model = artifact.build_model()
-    for layer in model.conv:
-        if isinstance(layer, torch.nn.Conv1d):
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv1d | torch.nn.Conv2d):
             prune.l1_unstructured(layer, "weight", amount)  # type: ignore[no-untyped-call]
             prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inference.model import CnnLstm
+from inference.model import Network
 
 _WARM_UP_RUNS = 3  # what cuDNN and cuBLAS set up at first must not be recorded
 
@@ -33,7 +33,7 @@ class Pass(Protocol):
 class _Staging:
     """Rows in the host's memory, padded with zeros: nothing of an earlier call is left in them."""
 
-    def __init__(self, model: CnnLstm, num_rows: int, *, pinned: bool = False) -> None:
+    def __init__(self, model: Network, num_rows: int, *, pinned: bool = False) -> None:
         shape = (num_rows, model.config.num_channels, model.config.num_steps)
         self.tensor = torch.zeros(shape, pin_memory=pinned)
         self.num_filled = 0
@@ -49,7 +49,7 @@ class _Staging:
 class EagerPass:
     """Runs the network when its rows come, one kernel after the other."""
 
-    def __init__(self, model: CnnLstm, num_rows: int, device: torch.device) -> None:
+    def __init__(self, model: Network, num_rows: int, device: torch.device) -> None:
         self._model = model
         self._device = device
         self._staging = _Staging(model, num_rows)
@@ -73,7 +73,7 @@ class GraphPass:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: CnnLstm, num_rows: int, device: torch.device) -> None:
+    def __init__(self, model: Network, num_rows: int, device: torch.device) -> None:
         config = model.config
         self._staging = _Staging(model, num_rows, pinned=True)
         self._rows = torch.zeros(self._staging.tensor.shape, device=device)
@@ -103,7 +103,7 @@ class GraphPass:
         outputs: NDArray[np.float32] = self._outputs.numpy()[: self._staging.num_filled]
         return outputs
 
-    def _run(self, model: CnnLstm) -> None:
+    def _run(self, model: Network) -> None:
         self._rows.copy_(self._staging.tensor, non_blocking=True)
         outputs = torch.cat(model(self._rows), dim=1)
         self._outputs.copy_(outputs, non_blocking=True)

@@ -10,6 +10,7 @@ from tapeline.cli.terminal import JsonOption, err, given_settings, out, print_js
 if TYPE_CHECKING:
     from inference.artifact import Artifact
     from inference.engine import Engine
+    from inference.model import ModelConfig
     from inference.optimize import Step
     from schemas.settings import ModelSettings
 
@@ -34,8 +35,7 @@ def inspect(
         "window": f"{config.num_channels} channels x {config.num_steps} steps",
         "features": config.num_features,
         "scores": ", ".join(config.score_names) or "none",
-        "convolutions": f"{config.conv_channels}, kernel {config.kernel_size}",
-        "LSTM": f"{config.lstm_layers} layers of {config.lstm_hidden}",
+        "architecture": _architecture(config),
         "parameters": sum(tensor.numel() for tensor in model.weights.values()),
         "precision": model.precision,
         "CUDA graphs": model.cuda_graphs,
@@ -167,6 +167,19 @@ def _engine(artifact: "Artifact", settings: "ModelSettings") -> "Engine":
         num_threads=settings.num_threads,
         max_batch=settings.max_batch,
         gpu_memory_fraction=settings.gpu_memory_fraction,
+    )
+
+
+def _architecture(config: "ModelConfig") -> str:
+    from inference.model import CNN_LSTM
+
+    if config.architecture != CNN_LSTM:
+        options = ", ".join(f"{name}={value!r}" for name, value in config.options.items())
+        return f"{config.architecture}({options})"
+    convolutions = " to ".join(map(str, config.conv_channels))
+    return (
+        f"{CNN_LSTM}: convolutions to {convolutions}, kernel {config.kernel_size}; "
+        f"LSTM, {config.lstm_layers} layers of {config.lstm_hidden}"
     )
 
 
