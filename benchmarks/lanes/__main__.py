@@ -63,6 +63,12 @@ def _add_burst(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, seconds=20)
     parser.add_argument("--rate", type=float, default=125, help="realtime events per second")
     parser.add_argument("--events", type=int, default=100_000, help="of the burst")
+    parser.add_argument(
+        "--append-rate",
+        type=float,
+        default=0,
+        help="of the burst, events per second; 0: as fast as the broker takes them",
+    )
     parser.set_defaults(run=_burst)
 
 

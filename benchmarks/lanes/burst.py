@@ -76,12 +76,15 @@ def run(options: argparse.Namespace) -> Bursts:
         num_steady = int(options.rate * 2 * options.seconds)
         steady = Feed(settings, FIRST_LANE, num_steady, options.rate)
         burst = Feed(settings, _BURST_LANE, options.events, _BURST_RATE_HZ)
-        rounds = [_play(settings, steady, burst, options.seconds) for _ in range(options.rounds)]
+        append_s = options.events / options.append_rate if options.append_rate else 0.0
+        rounds = [
+            _play(settings, steady, burst, options.seconds, append_s) for _ in range(options.rounds)
+        ]
     return Bursts(machine, options.rate, options.events, rounds)
 
 
-def _play(settings: Settings, steady: Feed, burst: Feed, seconds: float) -> Burst:
-    """Calm for ``seconds``, then the burst and as long again."""
+def _play(settings: Settings, steady: Feed, burst: Feed, seconds: float, append_s: float) -> Burst:
+    """Calm for ``seconds``, then the burst and as long again; at once if ``append_s`` is 0."""
     with own_topics(settings, settings.lanes) as own:
         with processor(own):
             warm_up(own, [steady, burst])
@@ -92,7 +95,10 @@ def _play(settings: Settings, steady: Feed, burst: Feed, seconds: float) -> Burs
                 threading.Event().wait(seconds)
                 appended_us.append(_now_us())
                 with Sender(own, linger_ms=20) as sender:
-                    sender.send(burst.lane, burst.play)
+                    if append_s:
+                        sender.send_steadily({burst.lane: burst.play}, time.monotonic(), append_s)
+                    else:
+                        sender.send(burst.lane, burst.play)
                 appended_us.append(_now_us())
 
             thread = threading.Thread(target=append)

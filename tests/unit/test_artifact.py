@@ -218,7 +218,11 @@ def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes
             lambda w: w.update({"conv.0.bias": np.zeros(5, np.float32)}),
             r"conv.0.bias has shape \(5,\), config.json's sizes ask for \(4,\)",
         ),
-        ("weights", lambda w: w.update({"conv.0.bias": np.zeros(4)}), "float64, it must be torch.float32"),
+        (
+            "weights",
+            lambda w: w.update({"conv.0.bias": np.zeros(4)}),
+            "float64, it must be torch.float32",
+        ),
         ("weights", lambda w: w["conv.0.bias"].fill(np.nan), "not finite"),
         ("weights", lambda w: w["conv.0.bias"].fill(3), "but its contents are"),
         ("reference", lambda r: r.pop("windows"), "lacks windows"),
