@@ -12,6 +12,7 @@ from consumers.dedup import FirstSeenStatistics
 from consumers.guard import GuardStatistics
 from consumers.transactions import TransactionStatistics
 from consumers.windows import WindowStatistics
+from inference.cache import CacheStatistics
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class WorkerStatistics:
     num_partitions: int
     windows: WindowStatistics
     first_seen: FirstSeenStatistics
+    cache: CacheStatistics
     transactions: Mapping[str, TransactionStatistics]
     stalled: Sequence[StalledHead]
     num_undrained: int
@@ -102,6 +104,7 @@ class WorkerCollector(Collector):
             "tapeline_assigned_partitions", "Partitions of this worker.", now.num_partitions
         )
         yield from _delivery_metrics(now)
+        yield from _cache_metrics(now.cache)
         yield GaugeMetricFamily(
             "tapeline_symbols", "Symbols with a window.", now.windows.num_symbols
         )
@@ -189,3 +192,29 @@ def _delivery_metrics(now: WorkerStatistics) -> Iterator[Metric]:
         now.num_undrained,
     )
     yield GaugeMetricFamily("tapeline_tasks", "Tasks of the worker's event loop.", now.num_tasks)
+
+
+def _cache_metrics(cache: CacheStatistics) -> Iterator[Metric]:
+    hits = CounterMetricFamily(
+        "cnn_lstm_cache_hits", "Windows whose features were known, by where.", labels=["where"]
+    )
+    hits.add_metric(["memory"], cache.memory_hits)
+    hits.add_metric(["redis"], cache.redis_hits)
+    yield hits
+    yield CounterMetricFamily(
+        "cnn_lstm_cache_misses", "Windows whose features were not known.", cache.misses
+    )
+    faults = CounterMetricFamily(
+        "tapeline_cache_faults",
+        "Windows by what was wrong: stale, rejected, error, mismatch.",
+        labels=["fault"],
+    )
+    for fault, num_windows in (
+        ("stale", cache.stale),
+        ("rejected", cache.rejected),
+        ("error", cache.errors),
+        ("mismatch", cache.mismatches),
+    ):
+        faults.add_metric([fault], num_windows)
+    yield faults
+    yield GaugeMetricFamily("tapeline_cache_bytes", "Memory of the cache.", cache.num_bytes)

@@ -74,6 +74,8 @@ class Packer:
             else:
                 lane = self._lanes[item.record.lane]
                 flags = Flags(int(batch.flags[index]))
+                if row[0].cached:
+                    flags |= Flags.CACHED
                 if lane.is_stale(item.record.appended_us, now_us):
                     flags |= Flags.STALE
                 parcel = parcels[item.record.partition]

@@ -21,6 +21,7 @@ from consumers.admission import Admission
 from consumers.assignments import Assignments, StalledHead
 from consumers.bisection import Row, infer_each
 from consumers.budget import BatchTimes, LatencyBudget
+from consumers.cached import CachedInference
 from consumers.channels import channel_set
 from consumers.dedup import FirstSeen
 from consumers.guard import ResourceGuard, Restraint
@@ -37,6 +38,7 @@ from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
 from consumers.transactions import LaneTransactions
 from consumers.windows import WindowStore
+from inference.cache import CacheStatistics, FeatureCache
 from inference.client import Inference, Inferencer, ModelDescription
 from schemas.codec import Codec
 from schemas.errors import ConfigError, PoisonRecord, TapelineError
@@ -103,6 +105,8 @@ class Worker:
         )
         self._batch_sizes: Counter[int] = Counter()
         self._model: ModelDescription | None = None
+        self._cache: FeatureCache | None = None
+        self._cached: CachedInference | None = None
         self._packer: Packer | None = None
         self._pollers: dict[str, LanePoller] = {}
         self._outlets: dict[str, Outlet] = {}
@@ -134,6 +138,9 @@ class Worker:
         self._model = model = await self._describe_model()
         self._service_times.expect(model.bucket_s)
         self._guard.watch(self._settings.guard.watched(model.device))
+        if any(lane.cache for lane in self._lanes.values()):
+            self._cache = FeatureCache(self._settings.cache, self._settings.redis, model)
+            self._cached = CachedInference(self._cache)
         self._packer = Packer(self._settings, self._codec, model, self._counts)
         self._connect()
         outlets = set(self._outlets.values())
@@ -159,6 +166,8 @@ class Worker:
         finally:
             timeout_s = self._limits.drain_timeout_s
             await asyncio.gather(*(outlet.close(timeout_s) for outlet in outlets))
+            if self._cache:
+                await self._cache.close()
             _log.info("worker_stopped", undrained_partitions=self._num_undrained)
 
     def _connect(self) -> None:
@@ -235,6 +244,7 @@ class Worker:
             num_partitions=len(self._assignments),
             windows=self._windows.statistics(),
             first_seen=self._first_seen.statistics(),
+            cache=self._cache.statistics() if self._cache else CacheStatistics(),
             transactions={
                 name: outlet.statistics()
                 for name, outlet in outlets
@@ -309,11 +319,15 @@ class Worker:
         if not batch.items:
             return []
         self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
+        wanted = [self._lanes[item.record.lane].cache for item in batch.items]
+        if self._cached and any(wanted):
+            return await self._cached.infer_each(batch.windows, wanted, self._infer_each)
+        return await self._infer_each(batch.windows)
+
+    async def _infer_each(self, windows: NDArray[np.float32]) -> list[Row | PoisonRecord]:
+        deadline_s = self._limits.retry_deadline_s
         return await infer_each(
-            lambda windows: retrying(
-                "infer", lambda: self._call_model(windows), self._limits.retry_deadline_s
-            ),
-            batch.windows,
+            lambda part: retrying("infer", lambda: self._call_model(part), deadline_s), windows
         )
 
     async def _call_model(self, windows: NDArray[np.float32]) -> Inference:

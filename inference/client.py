@@ -23,11 +23,13 @@ class Inference:
         features: float32, shape (B, F), row i from window i. Read-only when it came from Serve.
         scores: float32, shape (B, S), columns in the order of ``ModelDescription.score_names``.
         model_version: of the model that made them.
+        cached: they were made before, and kept.
     """
 
     features: NDArray[np.float32]
     scores: NDArray[np.float32]
     model_version: str
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)

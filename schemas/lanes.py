@@ -42,6 +42,9 @@ class LaneSettings(Section):
     max_batch: int | None = Field(
         None, ge=1, description="Of this lane in a micro-batch; none: `worker.max_batch`."
     )
+    cache: bool = Field(
+        False, description="Takes features of windows seen before from the cache; for backfills."
+    )
     max_queued_records: int = Field(
         4096, ge=1, description="Waiting in a worker; then the lane is paused until half are left."
     )

@@ -190,6 +190,18 @@ class ModelSettings(Section):
         return self
 
 
+class CacheSettings(Section):
+    """Features of windows seen before, for lanes with ``cache = true``."""
+
+    memory_mb: int = Field(64, ge=1, description="In each worker; the longest unused leaves.")
+    in_redis: bool = Field(True, description="Kept in `redis.url`, too, for all workers.")
+    ttl_s: int = Field(86_400, ge=1, description="How long a window's features are kept.")
+    key_prefix: str = Field("tapeline:features:", description="In front of each key in Redis.")
+    recompute_share: Fraction = Field(
+        0.01, description="Of the hits, computed again and compared; a mismatch is counted."
+    )
+
+
 class ServeSettings(Section):
     """The Ray side of ``tapeline run``."""
 
@@ -228,6 +240,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     guard: GuardSettings = GuardSettings()
     model: ModelSettings = ModelSettings()
+    cache: CacheSettings = CacheSettings()
     serve: ServeSettings = ServeSettings()
     metrics: MetricsSettings = MetricsSettings()
     state_dir: Path = Field(Path(".tapeline"), description="What `tapeline up` keeps.")
