@@ -202,8 +202,7 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
     Raises ConfigError when ``path`` exists (a version never changes under its readers), cannot be
     written, or when the artifact's name or version is not fit for a file.
     """
-    if path.exists():
-        raise ConfigError(f"{path} exists already; choose a new folder for each model version")
+    demand_new(path)
     files = _encode(artifact)
     manifest = {"sha256": {name: _sha256(content) for name, content in files.items()}}
     try:
@@ -220,6 +219,12 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
         raise ConfigError(
             f"cannot write the model artifact {path}: {error.strerror or error}"
         ) from error
+
+
+def demand_new(path: Path) -> None:
+    """Raises ConfigError if there is something at ``path``."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already; choose a new folder for each model version")
 
 
 def load_artifact(

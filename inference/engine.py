@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from inference.artifact import Artifact, load_artifact, typical_windows
 from inference.client import Inference, ModelDescription
-from inference.model import ModelConfig, Network, Precision, check_windows
+from inference.model import ModelConfig, Network, check_windows
 from inference.passes import EagerPass, GraphPass, Pass
 from inference.seeded import MARKET50_V1, seeded_artifact
 from schemas.errors import ConfigError, TransientError
@@ -100,7 +100,7 @@ class Engine:
         self._num_threads = num_threads
         self._device = resolve_device(device)
         if self._device.type == "cuda":
-            _prefer_exact_arithmetic(artifact.precision)
+            _prefer_exact_arithmetic()
             torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction)
         model = artifact.build_model().to(self._device)
         self._model: Network = model.set_precision(artifact.precision)
@@ -207,6 +207,8 @@ class Engine:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features (B, F) and scores (B, S), float32. The only place that runs the model."""
         torch.set_num_threads(self._num_threads)  # OpenMP counts per calling thread
+        if self._device.type == "cuda":
+            _allow_tf32(self.precision == "tf32")
         config = self._artifact.config
         features = np.empty((len(windows), config.num_features), np.float32)
         scores = np.empty((len(windows), config.num_scores), np.float32)
@@ -377,15 +379,19 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu")
 
 
-def _prefer_exact_arithmetic(precision: Precision) -> None:
-    """Process-wide: TF32 only if asked for, deterministic kernels where torch has them, untuned.
+def _prefer_exact_arithmetic() -> None:
+    """Process-wide: no autotuned kernels, deterministic ones where torch has them.
 
     For CUDA alone: a CPU has none of these choices, and the last call imports for seconds.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
     # Filling costs time and changes nothing: no kernel here reads what it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    """Process-wide, so said at every call: another engine may have said otherwise."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

@@ -6,8 +6,8 @@ it would replace.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from inference.artifact import Artifact, typical_windows
 from inference.bench import compare_calls, hardware
 from inference.engine import Device, Engine, resolve_device
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, TransientError
 
 DEFAULT_MAX_ERROR = 0.01
 _MIN_GAIN = 1.03  # less is noise
@@ -94,15 +94,13 @@ def optimize(
     kind = resolve_device(device).type
     load = partial(Engine, device=device, num_threads=num_threads, max_batch=max_batch)
     best = artifact.as_variant(cuda_graphs=False)
-    engine = load(best)
-    checked = _Checked(artifact, load(artifact.as_variant(cuda_graphs=False)))
-    sizes = sorted({1, min(32, max_batch), max_batch})
+    judge = _Judge(best, load, max_error, sizes=sorted({1, min(32, max_batch), max_batch}))
     steps: list[Step] = []
     for name, change in _changes(kind, prune_amount):
         candidate = change(best).as_variant(tolerance=max(max_error, artifact.tolerance))
-        step, faster = _try(name, engine, best, candidate, load, checked, max_error, sizes)
-        if faster:
-            best, engine = candidate, faster
+        step = judge.decide(name, candidate)
+        if step.kept:
+            best = candidate
         steps.append(step)
         on_step(step)
     if kind == "cpu":
@@ -112,16 +110,56 @@ def optimize(
     return Optimized(best, hardware(kind), max_error, tuple(steps))
 
 
-class _Checked:
-    """Windows with the outputs that the fp32 model gives: the artifact's own and typical ones."""
+class _Judge:
+    """Compares candidates with the best so far and with what fp32 gives.
 
-    def __init__(self, artifact: Artifact, engine: Engine) -> None:
+    Args:
+        artifact: fp32, the first best.
+        sizes: windows in the calls that are timed.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        load: Callable[[Artifact], Engine],
+        max_error: float,
+        sizes: Sequence[int],
+    ) -> None:
         typical = typical_windows(artifact.config, artifact.normalisation, _NUM_TYPICAL, seed=3)
-        self.windows = np.concatenate([artifact.reference.windows, typical])
-        self.expected = _outputs(engine, self.windows)
+        self._windows = np.concatenate([artifact.reference.windows, typical])
+        self._artifact = artifact
+        self._load = load
+        self._max_error = max_error
+        self._sizes = sizes
+        self._best = load(artifact)
+        self._expected = _outputs(self._best, self._windows)
 
-    def max_error(self, engine: Engine) -> float:
-        return float(np.abs(_outputs(engine, self.windows) - self.expected).max())
+    def decide(self, name: str, candidate: Artifact) -> Step:
+        """A candidate that is kept is the best from then on."""
+        try:
+            tried = self._load(candidate)
+        except (ConfigError, TransientError, RuntimeError) as error:  # beyond what this device can
+            return Step(name, False, f"does not run here: {str(error).splitlines()[0]}")
+        off = float(np.abs(_outputs(tried, self._windows) - self._expected).max())
+        step = Step(name, False, "", max_error=off, row_invariant=tried.row_invariant)
+        if not off <= self._max_error:  # so that NaN fails too
+            why = f"outputs are off by {off:.2g}, more than {self._max_error:g}"
+            return replace(step, why=why)
+        if self._best.row_invariant and not tried.row_invariant:
+            return replace(step, why="a window's bits would depend on its micro-batch")
+        engines = [self._best, tried]
+        pairs = {size: compare_calls(engines, self._artifact, size) for size in self._sizes}
+        gain = math.exp(sum(math.log(old / new) for old, new in pairs.values()) / len(pairs))
+        kept = gain >= _MIN_GAIN
+        if kept:
+            self._best = tried
+        return replace(
+            step,
+            kept=kept,
+            why=f"{gain:.2f} times as fast" if kept else f"no faster ({gain:.2f} times)",
+            gain=gain,
+            call_ms={size: (round(old, 3), round(new, 3)) for size, (old, new) in pairs.items()},
+        )
 
 
 def _outputs(engine: Engine, windows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -149,33 +187,3 @@ def _pruned(artifact: Artifact, amount: float) -> dict[str, Tensor]:
             prune.l1_unstructured(layer, "weight", amount)  # type: ignore[no-untyped-call]
             prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _try(
-    name: str,
-    engine: Engine,
-    best: Artifact,
-    candidate: Artifact,
-    load: Callable[[Artifact], Engine],
-    checked: _Checked,
-    max_error: float,
-    sizes: list[int],
-) -> tuple[Step, Engine | None]:
-    """The step, and the candidate's engine if it is to be kept."""
-    try:
-        tried = load(candidate)
-    except (ConfigError, RuntimeError) as error:  # beyond its tolerance, or no such kernel here
-        return Step(name, False, f"does not run here: {str(error).splitlines()[0]}"), None
-    off = checked.max_error(tried)
-    if not off <= max_error:  # so that NaN fails too
-        why = f"outputs are off by {off:.2g}, more than {max_error:g}"
-        return Step(name, False, why, off, row_invariant=tried.row_invariant), None
-    if engine.row_invariant and not tried.row_invariant:
-        why = "a window's bits would depend on its micro-batch"
-        return Step(name, False, why, off, row_invariant=False), None
-    pairs = {size: compare_calls([engine, tried], best, size) for size in sizes}
-    call_ms = {size: (round(old, 3), round(new, 3)) for size, (old, new) in pairs.items()}
-    gain = math.exp(sum(math.log(old / new) for old, new in pairs.values()) / len(pairs))
-    kept = gain >= _MIN_GAIN
-    why = f"{gain:.2f} times as fast" if kept else f"no faster ({gain:.2f} times)"
-    return Step(name, kept, why, off, gain, call_ms, tried.row_invariant), tried if kept else None

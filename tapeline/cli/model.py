@@ -109,9 +109,10 @@ def optimize(
     Each change is kept only if every output stays within --max-error of fp32 and calls measure
     faster. Nothing is written if none was kept.
     """
-    from inference.artifact import save_artifact
+    from inference.artifact import demand_new, save_artifact
     from inference.optimize import optimize as find_fastest
 
+    demand_new(target)  # before minutes of work
     settings = given_settings(ctx).model
     console = err()
     with console.status("trying variants"):
