@@ -265,11 +265,8 @@ class Worker:
         """One micro-batch: what the scheduler gives when a slot is free, sent to the model."""
         await self._room.acquire()
         await self._slots.acquire()
-        while not len(self._scheduler):
-            self._arrived.clear()
-            await self._arrived.wait()
-        await self._until_model_is_nearly_free()
-        records = self._scheduler.take(self._now_us())
+        while not (records := await self._next_records()):
+            pass  # revoked while it waited for the model
         begun_s = time.monotonic()
         batch = await self._intake.prepare(records)
         self._admission.prepared(len(records), begun_s, time.monotonic())
@@ -281,6 +278,16 @@ class Worker:
             raise asyncio.CancelledError from None
         self._finishing.add(finishing)
         finishing.add_done_callback(self._finishing.discard)
+
+    async def _next_records(self) -> list[Record]:
+        """What the next micro-batch holds, as late as the model allows; empty only if all that
+        waited was taken away meanwhile.
+        """
+        while not len(self._scheduler):
+            self._arrived.clear()
+            await self._arrived.wait()
+        await self._until_model_is_nearly_free()
+        return self._scheduler.take(self._now_us())
 
     async def _until_model_is_nearly_free(self) -> None:
         now_us = self._now_us()

@@ -61,6 +61,9 @@ class ModelConfig(BaseModel):
             raise ValueError(f"two scores have the same name: {', '.join(self.score_names)}")
         return self
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a dict among the fields has none of its own
+
     @property
     def num_scores(self) -> int:
         return len(self.score_names)

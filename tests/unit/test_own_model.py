@@ -72,6 +72,10 @@ def test_it_can_be_optimised(artifact: Artifact) -> None:
     assert all(step.max_error is not None for step in found.steps), "both ran"
 
 
+def test_configs_are_told_apart_by_their_options() -> None:
+    assert len({CONFIG, changed(), changed(options=OPTIONS | {"width": 4})}) == 2
+
+
 def test_its_options_decide_its_version(artifact: Artifact) -> None:
     other = build_network(changed(options=OPTIONS | {"width": 4}), NORMALISATION)
     version = Artifact.from_model(
