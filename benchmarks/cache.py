@@ -11,17 +11,14 @@ from the first feature's append to the last one's, on the broker's clock. Median
 import argparse
 import json
 import statistics
-import urllib.request
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from benchmarks.lanes.load import own_topics
-from benchmarks.tape import parts, processor, this_machine
+from benchmarks.tape import parts, processor, this_machine, worker_metrics
 from schemas.messages import MarketEvent
 from schemas.settings import Settings
 from tapeline.processes import free_ports
@@ -126,16 +123,15 @@ def _run(settings: Settings, events: Sequence[MarketEvent]) -> tuple[Backfill, l
 
 def _counts(settings: Settings) -> tuple[float, float, float]:
     """Hits, misses and faults of the worker's cache, as its metrics say."""
-    url = f"http://127.0.0.1:{settings.metrics.port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        text = answer.read().decode()
-    totals = dict.fromkeys(
-        ("cnn_lstm_cache_hits", "cnn_lstm_cache_misses", "tapeline_cache_faults"), 0.0
+    names = (
+        "cnn_lstm_cache_hits_total",
+        "cnn_lstm_cache_misses_total",
+        "tapeline_cache_faults_total",
     )
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if family.name in totals and sample.name.endswith("_total"):
-                totals[family.name] += sample.value
+    totals = dict.fromkeys(names, 0.0)
+    for name, _, value in worker_metrics(settings):
+        if name in totals:
+            totals[name] += value
     hits, misses, faults = totals.values()
     return hits, misses, faults
 

@@ -15,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -23,10 +22,9 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.lanes.load import FIRST_LANE, Feed, in_turn, own_topics, play, read_back, warm_up
-from benchmarks.tape import parts, processor, this_machine
+from benchmarks.tape import parts, processor, this_machine, worker_metrics
 from schemas.settings import Settings
 from tapeline.processes import free_ports
 
@@ -144,13 +142,9 @@ def _neighbours(number: int) -> Iterator[None]:
 
 def _metrics(settings: Settings) -> Mapping[tuple[str, str], float]:
     """The worker's, by name and the value of the first label."""
-    url = f"http://127.0.0.1:{settings.metrics.port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
     return {
-        (sample.name, next(iter(sample.labels.values()), "")): sample.value
-        for family in families
-        for sample in family.samples
+        (name, next(iter(labels.values()), "")): value
+        for name, labels, value in worker_metrics(settings)
     }
 
 

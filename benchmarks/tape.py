@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from schemas.messages import MarketEvent
 from schemas.settings import Settings, as_environment, load_settings
@@ -73,6 +75,16 @@ def module_process(settings: Settings, arguments: Sequence[str]) -> Iterator[psu
         process.wait(120)
         if failed:
             raise SystemExit(f"the processor ended early:\n{log.read_text()[-2_000:]}")
+
+
+def worker_metrics(settings: Settings) -> Iterator[tuple[str, Mapping[str, str], float]]:
+    """Name, labels and value of every sample of the worker on ``metrics.port``."""
+    url = f"http://127.0.0.1:{settings.metrics.port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            yield sample.name, sample.labels, sample.value
 
 
 class Passage(NamedTuple):

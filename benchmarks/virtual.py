@@ -4,7 +4,8 @@ What is simulated is what stands around the real ``LaneScheduler``: records that
 that prepares one micro-batch after another, a model that works off one call at a time, and the
 slots that bound how many are on their way. What a broker, a network and an operating system add is
 left out, and so is the pause of a full lane, which changes where records wait and not in what order
-they leave.
+they leave. A slot is filled as soon as it is free; the worker waits until the model nearly is
+(``consumers/admission.py``), so its latencies are shorter than these. The shares are the same.
 """
 
 import heapq

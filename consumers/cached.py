@@ -66,8 +66,10 @@ class CachedInference:
                     future.set_result(None)
         for index, future in theirs.items():
             row = await asyncio.shield(future)
-            again = None if row else await infer_each(windows[index : index + 1])
-            outcomes[index] = (row, 0) if row else again[0]  # type: ignore[index]
+            if row:
+                outcomes[index] = (row, 0)
+            else:
+                [outcomes[index]] = await infer_each(windows[index : index + 1])
         return [outcomes[index] for index in range(len(windows))]
 
     async def _known(self, keys: Sequence[bytes | None]) -> dict[int, Inference]:

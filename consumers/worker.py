@@ -326,9 +326,10 @@ class Worker:
         if not batch.items:
             return []
         self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
-        wanted = [self._lanes[item.record.lane].cache for item in batch.items]
-        if self._cached and any(wanted):
-            return await self._cached.infer_each(batch.windows, wanted, self._infer_each)
+        if self._cached:
+            wanted = [self._lanes[item.record.lane].cache for item in batch.items]
+            if any(wanted):
+                return await self._cached.infer_each(batch.windows, wanted, self._infer_each)
         return await self._infer_each(batch.windows)
 
     async def _infer_each(self, windows: NDArray[np.float32]) -> list[Row | PoisonRecord]:

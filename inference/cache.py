@@ -220,20 +220,19 @@ class FeatureCache:
 
     def _value(self, key: bytes, row: Inference) -> bytes:
         made = np.concatenate([row.features.ravel(), row.scores.ravel()]).astype("<f4")
-        values = made.tobytes()
+        return self._sealed(key, made.tobytes())
+
+    def _sealed(self, key: bytes, values: bytes) -> bytes:
         checksum = zlib.crc32(values, zlib.crc32(key))
         return _HEADER.pack(_MAGIC, self._num_features, self._num_scores, checksum) + values
 
     def _holds(self, key: bytes, value: bytes) -> bool:
         """Whether this is what ``_value`` writes for this key and model."""
-        num_values = self._num_features + self._num_scores
-        is_whole = len(value) == _HEADER.size + 4 * num_values
-        if is_whole:
-            values = value[_HEADER.size :]
-            checksum = zlib.crc32(values, zlib.crc32(key))
-            expected = _HEADER.pack(_MAGIC, self._num_features, self._num_scores, checksum)
-            if value.startswith(expected) and np.isfinite(np.frombuffer(values, "<f4")).all():
-                return True
+        values = value[_HEADER.size :]
+        is_whole = len(values) == 4 * (self._num_features + self._num_scores)
+        is_ours = is_whole and value == self._sealed(key, values)
+        if is_ours and np.isfinite(np.frombuffer(values, "<f4")).all():
+            return True
         self._counts.rejected += 1
         _log.warning("cache_value_rejected", key=key.hex(), num_bytes=len(value))
         return False

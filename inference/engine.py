@@ -288,6 +288,7 @@ class Engine:
             kept = max(groups, key=max if on_gpu else lambda group: (len(group), -max(group)))
             dropped = set(self._buckets) - set(kept)
             self._buckets = tuple(kept)
+            self._passes = {bucket: self._passes[bucket] for bucket in kept}
         if dropped or not agreeing:
             log.warning(
                 "engine_rows_depend_on_batch",
@@ -351,6 +352,11 @@ def load_engine(settings: ModelSettings, window: WindowSettings | None = None) -
             f"there are no seeded weights for channel set {window.channel_set!r}; "
             "set model.artifact to a model made for it"
         )
+    return build_engine(artifact, settings)
+
+
+def build_engine(artifact: Artifact, settings: ModelSettings) -> Engine:
+    """An engine for this artifact, placed as the settings say. Raises ConfigError."""
     return Engine(
         artifact,
         device=settings.device,

@@ -2,7 +2,6 @@
 
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +9,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from confluent_kafka import Producer
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.tape import NUM_SYMBOLS, WARM_UP_EVENTS, Passage, Reader
+from benchmarks.tape import NUM_SYMBOLS, WARM_UP_EVENTS, Passage, Reader, worker_metrics
 from schemas.codec import Codec
 from schemas.kafka import IDEMPOTENT, client_config, make_client
 from schemas.lanes import LaneSettings
@@ -261,12 +259,8 @@ def read_back(settings: Settings, feeds: Sequence[Feed]) -> list[Feature]:
 
 def learned_service_s(settings: Settings) -> dict[int, float]:
     """Seconds of the model by batch bucket, as the worker has learned them: its metrics say."""
-    url = f"http://127.0.0.1:{settings.metrics.port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        text = answer.read().decode()
     return {
-        int(sample.labels["bucket"]): sample.value
-        for family in text_string_to_metric_families(text)
-        if family.name == "tapeline_service_seconds"
-        for sample in family.samples
+        int(labels["bucket"]): value
+        for name, labels, value in worker_metrics(settings)
+        if name == "tapeline_service_seconds"
     }

@@ -9,7 +9,6 @@ from tapeline.cli.terminal import JsonOption, err, given_settings, out, print_js
 
 if TYPE_CHECKING:
     from inference.artifact import Artifact
-    from inference.engine import Engine
     from inference.model import ModelConfig
     from inference.optimize import Step
     from schemas.settings import ModelSettings
@@ -66,10 +65,11 @@ def bench(
     from rich.progress import track
 
     from inference.bench import caption, time_calls
+    from inference.engine import build_engine
 
     settings = given_settings(ctx).model
     model = _artifact(settings, artifact)
-    engine = _engine(model, settings)
+    engine = build_engine(model, settings)
     sizes = size or [1, *(bucket.num_rows for bucket in engine.statistics().buckets)]
     timings = [
         time_calls(engine, model, one, seconds=seconds)
@@ -157,18 +157,6 @@ def _artifact(settings: "ModelSettings", path: Path | None) -> "Artifact":
 
     path = path or settings.artifact
     return load_artifact(path) if path else seeded_artifact()
-
-
-def _engine(artifact: "Artifact", settings: "ModelSettings") -> "Engine":
-    from inference.engine import Engine
-
-    return Engine(
-        artifact,
-        device=settings.device,
-        num_threads=settings.num_threads,
-        max_batch=settings.max_batch,
-        gpu_memory_fraction=settings.gpu_memory_fraction,
-    )
 
 
 def _architecture(config: "ModelConfig") -> str:
