@@ -34,6 +34,11 @@ class Admission:
         self._num_replicas = num_replicas
         self._calls: list[Call] = []
 
+    @property
+    def num_calls(self) -> int:
+        """Micro-batches at the model, at work or waiting."""
+        return len(self._calls)
+
     def begin(self, num_windows: int, now_s: float) -> Call:
         """Notes a call, on any clock that only goes forward; ``end`` it whatever becomes of it."""
         call = Call(num_windows, now_s if len(self._calls) < self._num_replicas else None)

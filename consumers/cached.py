@@ -28,19 +28,24 @@ class CachedInference:
         self._computing: dict[bytes, asyncio.Future[Inference | None]] = {}
 
     async def infer_each(
-        self, windows: NDArray[np.float32], wanted: Sequence[bool], infer_each: InferEach
+        self,
+        model_version: str,
+        windows: NDArray[np.float32],
+        wanted: Sequence[bool],
+        infer_each: InferEach,
     ) -> list[Outcome]:
         """One outcome a window, in their order.
 
         Args:
+            model_version: the one that ``infer_each`` asks.
             wanted: of which windows the cache may answer.
             infer_each: computes any number of windows; what it raises is raised.
         """
         keys = [
-            self._cache.key_of(window) if want else None
+            self._cache.key_of(window, model_version) if want else None
             for window, want in zip(windows, wanted, strict=True)
         ]
-        known = await self._known(keys)
+        known = await self._known(keys, model_version)
         outcomes: dict[int, Outcome] = {}
         mine: list[int] = []
         theirs: dict[int, asyncio.Future[Inference | None]] = {}
@@ -58,7 +63,7 @@ class CachedInference:
         try:
             made = await infer_each(windows[mine]) if mine else []
             outcomes.update(zip(mine, made, strict=True))
-            self._learn(mine, keys, known, outcomes, own)
+            self._learn(model_version, mine, keys, known, outcomes, own)
         finally:
             for key, future in own.items():
                 del self._computing[key]
@@ -72,13 +77,16 @@ class CachedInference:
                 [outcomes[index]] = await infer_each(windows[index : index + 1])
         return [outcomes[index] for index in range(len(windows))]
 
-    async def _known(self, keys: Sequence[bytes | None]) -> dict[int, Inference]:
+    async def _known(
+        self, keys: Sequence[bytes | None], model_version: str
+    ) -> dict[int, Inference]:
         asked = {index: key for index, key in enumerate(keys) if key is not None}
-        found = await self._cache.look_up(list(asked.values()))
+        found = await self._cache.look_up(list(asked.values()), model_version)
         return {index: row for index, row in zip(asked, found, strict=True) if row is not None}
 
     def _learn(
         self,
+        model_version: str,
         mine: Sequence[int],
         keys: Sequence[bytes | None],
         known: dict[int, Inference],
@@ -95,7 +103,7 @@ class CachedInference:
                 self._cache.check(key, known[index], row)
             kept[key] = row
             own[key].set_result(row)
-        self._cache.keep(list(kept), list(kept.values()))
+        self._cache.keep(list(kept), list(kept.values()), model_version)
 
 
 def _alone(inference: Inference, row: int) -> Inference:

@@ -3,13 +3,20 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from consumers.assignments import StalledHead
 from consumers.budget import LatencyBudget
 from consumers.dedup import FirstSeenStatistics
 from consumers.guard import GuardStatistics
+from consumers.rollout import RolloutStatistics
+from consumers.shadow import ShadowStatistics
 from consumers.transactions import TransactionStatistics
 from consumers.windows import WindowStatistics
 from inference.cache import CacheStatistics
@@ -72,6 +79,8 @@ class WorkerStatistics:
     windows: WindowStatistics
     first_seen: FirstSeenStatistics
     cache: CacheStatistics
+    rollout: RolloutStatistics
+    shadow: ShadowStatistics
     transactions: Mapping[str, TransactionStatistics]
     stalled: Sequence[StalledHead]
     num_undrained: int
@@ -105,6 +114,7 @@ class WorkerCollector(Collector):
         )
         yield from _delivery_metrics(now)
         yield from _cache_metrics(now.cache)
+        yield from _rollout_metrics(now)
         yield GaugeMetricFamily(
             "tapeline_symbols", "Symbols with a window.", now.windows.num_symbols
         )
@@ -218,3 +228,51 @@ def _cache_metrics(cache: CacheStatistics) -> Iterator[Metric]:
         faults.add_metric([fault], num_windows)
     yield faults
     yield GaugeMetricFamily("tapeline_cache_bytes", "Memory of the cache.", cache.num_bytes)
+
+
+def _rollout_metrics(now: WorkerStatistics) -> Iterator[Metric]:
+    roles = {"serving": now.model_version or None}
+    if rollout := now.rollout.rollout:
+        roles |= {"canary": rollout.canary, "shadow": rollout.shadow}
+    versions = GaugeMetricFamily(
+        "tapeline_model_version", "1 for each version in use.", labels=["role", "model_version"]
+    )
+    for role, version in roles.items():
+        if version:
+            versions.add_metric([role, version], 1)
+    yield versions
+    yield CounterMetricFamily(
+        "tapeline_rollout_changes", "Times that this worker took other versions.",
+        now.rollout.num_changes,
+    )  # fmt: skip
+    yield CounterMetricFamily(
+        "tapeline_rollout_refusals",
+        "Times that what the model store asks for could not be served.",
+        now.rollout.num_refused,
+    )
+    shadow = now.shadow
+    windows = CounterMetricFamily(
+        "tapeline_shadow_windows", "A shadow's windows by what became of them.", labels=["outcome"]
+    )
+    for outcome, num_windows in (
+        ("compared", shadow.num_windows),
+        ("skipped", shadow.num_skipped),
+        ("failed", shadow.num_failed),
+    ):
+        windows.add_metric([outcome], num_windows)
+    yield windows
+    yield SummaryMetricFamily(
+        "tapeline_shadow_call_seconds", "What a shadow's calls took.",
+        shadow.num_calls, shadow.seconds,
+    )  # fmt: skip
+    yield SummaryMetricFamily(
+        "tapeline_shadow_difference",
+        "Mean absolute difference of a window's outputs from what was served.",
+        shadow.num_windows,
+        shadow.sum_difference,
+    )
+    yield GaugeMetricFamily(
+        "tapeline_shadow_difference_max",
+        "Largest absolute difference of an output from what was served.",
+        shadow.max_difference,
+    )

@@ -32,7 +32,6 @@ class Packer:
         self._envelopes = Envelopes(
             codec, model.channels_version, model.score_names, says_timing=worker.timing_header
         )
-        self._model_version = model.model_version
         self._counts = counts
         self._breakers = {
             lane.name: DeadLetterBreaker(
@@ -54,9 +53,13 @@ class Packer:
         batch: MicroBatch,
         rows: Sequence[Row | PoisonRecord],
         times: BatchTimes,
+        model_version: str,
         now_us: int,
     ) -> list[Parcel]:
         """Features and dead letters; none for a partition that was taken away meanwhile.
+
+        Args:
+            model_version: the one that serves; a dead letter of the model's names it.
 
         Raises DeadLetterFlood.
         """
@@ -85,11 +88,15 @@ class Packer:
                 )
         self._watch_for_flood(batch, letters)
         for letter in letters:
-            self._pack_letter(parcels, letter, now_us)
+            self._pack_letter(parcels, letter, model_version, now_us)
         return list(parcels.values())
 
     def _pack_letter(
-        self, parcels: Mapping[Partition, Parcel], letter: Letter, now_us: int
+        self,
+        parcels: Mapping[Partition, Parcel],
+        letter: Letter,
+        model_version: str,
+        now_us: int,
     ) -> None:
         record, poison = letter
         lane = self._lanes[record.lane]
@@ -98,7 +105,7 @@ class Packer:
             return
         parcel.letters.append(letter)
         parcel.messages.append(
-            self._envelopes.dead_letter(lane, record, poison, now_us, self._model_version)
+            self._envelopes.dead_letter(lane, record, poison, now_us, model_version)
         )
 
     def _watch_for_flood(self, batch: MicroBatch, letters: Sequence[Letter]) -> None:

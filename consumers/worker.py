@@ -6,42 +6,36 @@ Serve replica.
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 from prometheus_client.registry import REGISTRY, CollectorRegistry
 
 from consumers.admission import Admission
 from consumers.assignments import Assignments, StalledHead
-from consumers.bisection import Row, infer_each
 from consumers.budget import BatchTimes, LatencyBudget
-from consumers.cached import CachedInference
 from consumers.channels import channel_set
 from consumers.dedup import FirstSeen
 from consumers.guard import ResourceGuard, Restraint
 from consumers.intake import Intake, MicroBatch
 from consumers.metrics import LaneCounts, WorkerCollector, WorkerStatistics
+from consumers.model_stage import ModelStage
 from consumers.packing import Packer
 from consumers.parcels import Outlet, Parcel
 from consumers.poller import LanePoller
 from consumers.publisher import Publisher
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from consumers.resources import ResourceMeter
-from consumers.retry import retrying
 from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
 from consumers.transactions import LaneTransactions
 from consumers.windows import WindowStore
-from inference.cache import CacheStatistics, FeatureCache
-from inference.client import Inference, Inferencer, ModelDescription
+from inference.client import Inferencer
 from schemas.codec import Codec
-from schemas.errors import ConfigError, PoisonRecord, TapelineError
+from schemas.errors import ConfigError, TapelineError
 from schemas.live import demand_only_live, live_part
 from schemas.settings import Settings
 
@@ -78,7 +72,6 @@ class Worker:
         self._settings = settings
         self._lanes = {lane.name: lane for lane in settings.active_lanes}
         self._lane_of = {lane.topic: lane.name for lane in settings.active_lanes}
-        self._inferencer = inferencer
         self._first_seen = first_seen
         self._instance_id = instance_id
         self._clock = clock
@@ -103,17 +96,19 @@ class Worker:
             self._counts,
             clock,
         )
-        self._batch_sizes: Counter[int] = Counter()
-        self._model: ModelDescription | None = None
-        self._cache: FeatureCache | None = None
-        self._cached: CachedInference | None = None
+        self._model = ModelStage(
+            settings,
+            inferencer,
+            self._admission,
+            self._service_times,
+            lambda: len(self._scheduler),
+        )
         self._packer: Packer | None = None
         self._pollers: dict[str, LanePoller] = {}
         self._outlets: dict[str, Outlet] = {}
         self._slots = asyncio.Semaphore(worker.max_in_flight)
         self._room = asyncio.Semaphore(max(worker.max_unacknowledged, worker.max_in_flight))
         self._arrived = asyncio.Event()
-        self._answered = asyncio.Event()
         self._advanced = asyncio.Condition()
         self._stopping = asyncio.Event()
         self._commits_in_transactions = worker.delivery == "exactly_once"
@@ -135,12 +130,9 @@ class Worker:
             DeadLetterFlood: too many records are poison.
             TapelineError: another worker has this one's name, and fenced it.
         """
-        self._model = model = await self._describe_model()
-        self._service_times.expect(model.bucket_s)
+        model = await self._model.open()
         self._guard.watch(self._settings.guard.watched(model.device))
-        if any(lane.cache for lane in self._lanes.values()):
-            self._cache = FeatureCache(self._settings.cache, self._settings.redis, model)
-            self._cached = CachedInference(self._cache)
+        self._schedule()
         self._packer = Packer(self._settings, self._codec, model, self._counts)
         self._connect()
         outlets = set(self._outlets.values())
@@ -166,8 +158,7 @@ class Worker:
         finally:
             timeout_s = self._limits.drain_timeout_s
             await asyncio.gather(*(outlet.close(timeout_s) for outlet in outlets))
-            if self._cache:
-                await self._cache.close()
+            await self._model.close()
             _log.info("worker_stopped", undrained_partitions=self._num_undrained)
 
     def _connect(self) -> None:
@@ -209,16 +200,21 @@ class Worker:
         self._settings, self._limits = settings, settings.worker
         lanes = settings.active_lanes
         self._lanes = {lane.name: lane for lane in lanes}
-        self._scheduler.configure(
-            lanes,
-            max_batch=self._limits.max_batch,
-            max_service_share=self._limits.max_service_share,
-        )
+        self._schedule()
         self._intake.configure(lanes)
         if self._packer:
             self._packer.configure(lanes)
-        self._guard.configure(self._limits.max_batch)
         _log.info("settings_changed", **live_part(settings))
+
+    def _schedule(self) -> None:
+        """Micro-batches as large as the settings allow and the model does in time."""
+        max_batch = min(self._limits.max_batch, self._model.max_batch)
+        self._scheduler.configure(
+            list(self._lanes.values()),
+            max_batch=max_batch,
+            max_service_share=self._limits.max_service_share,
+        )
+        self._guard.configure(max_batch)
 
     def stop(self) -> None:
         """Asks ``run`` to end; returns at once."""
@@ -234,17 +230,19 @@ class Worker:
         """A snapshot; callable from any thread."""
         outlets = self._outlets.items()
         return WorkerStatistics(
-            model_version=self._model.model_version if self._model else "",
+            model_version=self._model.model_version,
             lanes={name: replace(counts) for name, counts in self._counts.items()},
             queued={name: self._scheduler.num_queued(name) for name in self._lanes},
-            batch_sizes=dict(sorted(self._batch_sizes.items())),
+            batch_sizes=self._model.batch_sizes(),
             service_s=self._service_times.table(),
             scheduled=self._scheduler.num_taken(),
             guard=self._guard.statistics(),
             num_partitions=len(self._assignments),
             windows=self._windows.statistics(),
             first_seen=self._first_seen.statistics(),
-            cache=self._cache.statistics() if self._cache else CacheStatistics(),
+            cache=self._model.cache_statistics(),
+            rollout=self._model.rollout_statistics(),
+            shadow=self._model.shadow_statistics(),
             transactions={
                 name: outlet.statistics()
                 for name, outlet in outlets
@@ -294,22 +292,22 @@ class Worker:
         num_records = min(len(self._scheduler), self._scheduler.limit(now_us))
         wait_s = self._admission.wait_s(num_records, time.monotonic())
         if wait_s > 0:
-            self._answered.clear()
+            self._model.answered.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    await self._answered.wait()
+                    await self._model.answered.wait()
 
     async def _finish(self, batch: MicroBatch) -> None:
         """Infers, waits for the turn of its partitions, sends, and marks what is done."""
         try:
-            rows = await self._infer(batch)
+            rows = await self._model.infer(batch)
         finally:
             self._slots.release()
         times = BatchTimes(batch.taken_us, batch.given_us, self._now_us())
         for turn in batch.turns:
             await turn
         assert self._packer
-        parcels = self._packer.pack(batch, rows, times, self._now_us())
+        parcels = self._packer.pack(batch, rows, times, self._model.model_version, self._now_us())
         for parcel in parcels:
             parcel.delivered.add_done_callback(partial(self._settle, parcel, times))
             await self._outlets[parcel.lane].send(parcel)
@@ -319,36 +317,6 @@ class Worker:
         self._room.release()
         async with self._advanced:
             self._advanced.notify_all()
-
-    # Its stages.
-
-    async def _infer(self, batch: MicroBatch) -> list[Row | PoisonRecord]:
-        if not batch.items:
-            return []
-        self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
-        if self._cached:
-            wanted = [self._lanes[item.record.lane].cache for item in batch.items]
-            if any(wanted):
-                return await self._cached.infer_each(batch.windows, wanted, self._infer_each)
-        return await self._infer_each(batch.windows)
-
-    async def _infer_each(self, windows: NDArray[np.float32]) -> list[Row | PoisonRecord]:
-        deadline_s = self._limits.retry_deadline_s
-        return await infer_each(
-            lambda part: retrying("infer", lambda: self._call_model(part), deadline_s), windows
-        )
-
-    async def _call_model(self, windows: NDArray[np.float32]) -> Inference:
-        begun_s = time.monotonic()
-        call = self._admission.begin(len(windows), begun_s)
-        try:
-            inference = await self._inferencer.infer(windows)
-        finally:
-            ended_s = time.monotonic()
-            self._admission.end(call, ended_s)
-            self._answered.set()
-        self._service_times.observe(len(windows), begun_s, ended_s)
-        return inference
 
     def _settle(self, parcel: Parcel, times: BatchTimes, delivered: asyncio.Future[bool]) -> None:
         """Counts what became of a parcel's records, and lets its partition advance."""
@@ -391,7 +359,8 @@ class Worker:
             progress.commit_failed()
 
     async def assigned(self, assignments: Sequence[Assignment]) -> None:
-        """Takes on partitions with empty windows."""
+        """Takes on partitions with empty windows, under the model version that serves now."""
+        await self._model.look_at_rollout()
         self._assignments.take_on(assignments)
 
     async def revoked(self, partitions: Sequence[Partition], *, lost: bool) -> list[CommitPoint]:
@@ -442,6 +411,7 @@ class Worker:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             self._num_tasks = len(asyncio.all_tasks())
+            await self._model.look_at_rollout()
             known = {(head.partition, head.offset) for head in self._stalled}
             self._stalled = self._assignments.stalled(time.monotonic(), self._limits.stall_after_s)
             for head in self._stalled:
@@ -460,21 +430,6 @@ class Worker:
             if now != before:
                 _log.warning("restraint_changed", **now._asdict(), **usage._asdict())
             before = now
-
-    async def _describe_model(self) -> ModelDescription:
-        deadline_s = self._settings.worker.retry_deadline_s
-        model = await retrying("describe_model", self._inferencer.describe, deadline_s)
-        channels, window = self._windows.channels, self._settings.window
-        for what, has, needs in (
-            ("channel set", channels.version, model.channels_version),
-            ("number of channels", channels.num_channels, model.num_channels),
-            ("window.num_steps", window.num_steps, model.num_steps),
-        ):
-            if has != needs:
-                raise ConfigError(
-                    f"model {model.model_version} needs the {what} {needs}, the settings say {has}"
-                )
-        return model
 
 
 async def _surface(failure: asyncio.Future[None]) -> None:

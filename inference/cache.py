@@ -14,6 +14,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class FeatureCache:
     memory answers alone, and Redis is asked again once a second.
 
     Args:
-        model: whose features are kept.
+        model: what the features to be kept are like; any version that gives such ones.
         clock: seconds, only forward.
         chance: between 0 and 1, for the share of hits that are computed again.
     """
@@ -85,11 +86,9 @@ class FeatureCache:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
-        self._version = model.model_version
+        self._channels_version = model.channels_version
         self._num_features = model.num_features
         self._num_scores = len(model.score_names)
-        identity = f"{model.model_version}\n{model.channels_version}".encode()
-        self._identity = hashlib.blake2b(identity, digest_size=64).digest()
         self._clock = clock
         self._chance = chance
         self._max_bytes = settings.memory_mb << 20
@@ -104,13 +103,18 @@ class FeatureCache:
         self._writes: set[asyncio.Task[None]] = set()
         self._counts = CacheStatistics()
 
-    def key_of(self, window: NDArray[np.float32]) -> bytes:
-        """16 bytes that stand for this window under this model."""
+    def key_of(self, window: NDArray[np.float32], model_version: str) -> bytes:
+        """16 bytes that stand for this window under this model version."""
         content = np.ascontiguousarray(window).data
-        return hashlib.blake2b(content, digest_size=_KEY_BYTES, key=self._identity).digest()
+        identity = _identity(model_version, self._channels_version)
+        return hashlib.blake2b(content, digest_size=_KEY_BYTES, key=identity).digest()
 
-    async def look_up(self, keys: Sequence[bytes]) -> list[Inference | None]:
-        """What is known, one a key: of one row, marked ``cached``; None has to be computed."""
+    async def look_up(self, keys: Sequence[bytes], model_version: str) -> list[Inference | None]:
+        """What is known, one a key: of one row, marked ``cached``; None has to be computed.
+
+        Args:
+            model_version: the one that the keys are of.
+        """
         values = [self._remembered(key) for key in keys]
         asked = [index for index, value in enumerate(values) if value is None]
         in_redis = await self._ask([keys[index] for index in asked])
@@ -121,7 +125,9 @@ class FeatureCache:
         self._counts.redis_hits += sum(value is not None for value in in_redis)
         self._counts.memory_hits += len(keys) - len(asked)
         self._counts.misses += sum(value is None for value in in_redis)
-        return [None if value is None else self._inference(value) for value in values]
+        return [
+            None if value is None else self._inference(value, model_version) for value in values
+        ]
 
     def is_to_be_checked(self) -> bool:
         """Whether this hit is among those that are computed again."""
@@ -132,14 +138,16 @@ class FeatureCache:
         self._counts.recomputed += 1
         if self._value(key, known) != self._value(key, computed):
             self._counts.mismatches += 1
-            _log.warning("cache_mismatch", key=key.hex(), model_version=self._version)
+            _log.warning("cache_mismatch", key=key.hex(), model_version=computed.model_version)
 
-    def keep(self, keys: Sequence[bytes], rows: Sequence[Inference]) -> None:
-        """Remembers rows, of one window each; what another model version made is not kept."""
+    def keep(self, keys: Sequence[bytes], rows: Sequence[Inference], model_version: str) -> None:
+        """Remembers rows, of one window each; what another model version made than the one that
+        the keys are of is not kept.
+        """
         values = {
             key: self._value(key, row)
             for key, row in zip(keys, rows, strict=True)
-            if row.model_version == self._version
+            if row.model_version == model_version
         }
         for key, value in values.items():
             self._remember(key, value)
@@ -237,7 +245,13 @@ class FeatureCache:
         _log.warning("cache_value_rejected", key=key.hex(), num_bytes=len(value))
         return False
 
-    def _inference(self, value: bytes) -> Inference:
+    def _inference(self, value: bytes, model_version: str) -> Inference:
         made = np.frombuffer(value, "<f4", offset=_HEADER.size)[None]
         features, scores = np.split(made, [self._num_features], axis=1)
-        return Inference(features, scores, self._version, cached=True)
+        return Inference(features, scores, model_version, cached=True)
+
+
+@lru_cache(maxsize=16)
+def _identity(model_version: str, channels_version: str) -> bytes:
+    identity = f"{model_version}\n{channels_version}".encode()
+    return hashlib.blake2b(identity, digest_size=64).digest()

@@ -4,7 +4,7 @@ Free of torch, and of Ray until a call fails, so that a worker imports nothing t
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,6 +39,8 @@ class ModelDescription:
     Attributes:
         device: what it runs on, ``cpu`` or ``cuda``.
         bucket_s: seconds by batch bucket, as the engine measured them at its start; may be empty.
+        max_batch: more windows in one call would take longer than ``model.max_call_ms``; None: so
+            many were not tried.
     """
 
     model_version: str
@@ -49,13 +51,19 @@ class ModelDescription:
     score_names: tuple[str, ...]
     device: str = field(default="cpu", compare=False)
     bucket_s: Mapping[int, float] = field(default_factory=dict, compare=False)
+    max_batch: int | None = field(default=None, compare=False)
 
 
 class Inferencer(Protocol):
     """A model that takes whole micro-batches. Calls may overlap; the caller bounds how many."""
 
-    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+    async def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference:
         """Takes float32 (B, C, T), oldest step first.
+
+        Args:
+            model_version: the one that is to answer, prepared before; None: the one that serves.
 
         Raises:
             TransientError: the model is away, busy or late; the same call may work later.
@@ -63,7 +71,16 @@ class Inferencer(Protocol):
         """
 
     async def describe(self) -> ModelDescription:
-        """Raises TransientError while the model is away."""
+        """Of the version that serves. Raises TransientError while the model is away."""
+
+    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
+        """Has these versions loaded and warm wherever calls may arrive, the first one to serve;
+        its description. Takes seconds, while ``infer`` goes on.
+
+        Raises:
+            TransientError: as above.
+            ConfigError: one of them cannot serve; everything stays as it was.
+        """
 
     async def close(self) -> None:
         """Lets go of what this object owns. No call may follow."""
@@ -74,32 +91,43 @@ def engine_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
 
+class BlockingModel(Protocol):
+    """An ``Engine``, or several: its ``infer`` never overlaps itself."""
+
+    def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference: ...
+
+    def describe(self) -> ModelDescription: ...
+
+    def prepare(self, versions: tuple[str, ...]) -> ModelDescription: ...
+
+
 class LocalInferencer:
-    """A blocking engine in this process, on one thread of its own: the event loop stays free.
+    """A blocking model in this process, on one thread of its own: the event loop stays free.
 
     Overlapping calls queue in front of that thread in the order of their start. A call whose task
-    is cancelled while the engine works still holds the thread until the engine is done.
+    is cancelled while the model works still holds the thread until the model is done.
 
     Args:
-        thread: the ``engine_thread`` that the engine was loaded on, if any; closed with this.
+        thread: the ``engine_thread`` that the model was loaded on, if any; closed with this.
     """
 
-    def __init__(
-        self,
-        infer: Callable[[NDArray[np.float32]], Inference],
-        description: ModelDescription,
-        thread: ThreadPoolExecutor | None = None,
-    ) -> None:
-        self._infer = infer
-        self._description = description
+    def __init__(self, model: BlockingModel, thread: ThreadPoolExecutor | None = None) -> None:
+        self._model = model
         self._thread = thread or engine_thread()
 
-    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+    async def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._infer, windows)
+        return await loop.run_in_executor(self._thread, self._model.infer, windows, model_version)
 
     async def describe(self) -> ModelDescription:
-        return self._description
+        return self._model.describe()
+
+    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
+        return await asyncio.to_thread(self._model.prepare, versions)
 
     async def close(self) -> None:
         """Drops calls that have not begun and waits for the one that has."""
@@ -112,19 +140,43 @@ class ServeInferencer:
     Args:
         handle: the deployment's ``DeploymentHandle``.
         timeout_s: of one call, the wait for a free replica included. A late call is cancelled.
+        prepare_timeout_s: of ``prepare``.
     """
 
-    def __init__(self, handle: Any, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, handle: Any, *, timeout_s: float = 10.0, prepare_timeout_s: float = 120.0
+    ) -> None:
         self._handle = handle
         self._timeout_s = timeout_s
+        self._prepare_timeout_s = prepare_timeout_s
 
-    async def infer(self, windows: NDArray[np.float32]) -> Inference:
-        inference: Inference = await self._call("infer", windows)
+    async def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference:
+        inference: Inference = await self._call("infer", windows, model_version)
         return inference
 
     async def describe(self) -> ModelDescription:
         description: ModelDescription = await self._call("describe")
         return description
+
+    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
+        """On every replica there is; one that starts later reads the store itself."""
+        try:
+            described: list[ModelDescription] = await self._handle.broadcast(
+                "prepare", versions
+            ).results_async(timeout_s=self._prepare_timeout_s)
+        except TimeoutError as error:
+            limit_s = self._prepare_timeout_s
+            raise TransientError(f"the model was not ready within {limit_s:g} s") from error
+        except Exception as error:
+            ours = _as_ours(error, "prepare")
+            if ours is error:
+                raise
+            raise ours from error
+        if not described:
+            raise TransientError("the model has no replica yet")
+        return described[0]
 
     async def close(self) -> None:
         """Leaves the deployment running: it is not this object's."""

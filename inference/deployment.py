@@ -8,7 +8,8 @@ from ray import serve
 from ray.serve import Application
 
 from inference.client import Inference, ModelDescription, engine_thread
-from inference.engine import EngineStatistics, load_engine
+from inference.engine import EngineStatistics
+from inference.hosted import host_models
 from inference.redeploy import with_version
 from schemas.errors import ConfigError
 from schemas.pauses import spare_what_is_loaded
@@ -18,38 +19,46 @@ DEPLOYMENT_NAME = "model"
 
 
 class FeatureModel:
-    """One replica: an engine, and the thread that it runs on.
+    """One replica: an engine for each model version in use, and the thread that they run on.
 
     The caller has made the batch already, so there is no ``@serve.batch`` here. Calls that overlap
     queue in front of the engine's thread: while one computes, the next is on its way.
 
-    Raises ConfigError in its constructor (see ``load_engine``): Serve then reports the deployment
+    Raises ConfigError in its constructor (see ``host_models``): Serve then reports the deployment
     as failed with that sentence.
     """
 
     def __init__(self, settings: ModelSettings, window: WindowSettings) -> None:
         self._thread = engine_thread()
-        self._engine = self._thread.submit(load_engine, settings, window).result()
+        self._models = self._thread.submit(host_models, settings, window).result()
         spare_what_is_loaded()
 
-    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+    async def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference:
         """Takes float32 (B, C, T). Raises ValueError for another shape; the replica lives on."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._engine.infer, windows)
+        infer = self._models.infer
+        return await loop.run_in_executor(self._thread, infer, windows, model_version)
 
     async def describe(self) -> ModelDescription:
-        return self._engine.describe()
+        """Of the version that serves."""
+        return self._models.describe()
+
+    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
+        """Loads and warms versions beside those at work; the first one serves from then on."""
+        return await asyncio.to_thread(self._models.prepare, versions)
 
     async def statistics(self) -> EngineStatistics:
         """Of the one replica that answers."""
-        return self._engine.statistics()
+        return self._models.statistics()
 
     async def check_health(self) -> None:
         """Runs the reference windows: raises, and so has the replica replaced, if they come out
         wrong or the device no longer answers. A few milliseconds, every ten seconds.
         """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._engine.check_reference)
+        await loop.run_in_executor(self._thread, self._models.check_reference)
 
 
 def build_model_deployment(
@@ -74,8 +83,11 @@ def build_model_deployment(
             "model.device is 'cuda', but serve.model_num_gpus is 0; "
             "set it to the share of a GPU that each replica takes, for example 0.5"
         )
-    if settings.artifact is not None:  # a replica's working directory is not the user's
-        settings = settings.model_copy(update={"artifact": settings.artifact.absolute()})
+    # A replica's working directory is not the user's.
+    folders = {"artifact": settings.artifact, "store": settings.store}
+    settings = settings.model_copy(
+        update={name: folder.absolute() for name, folder in folders.items() if folder}
+    )
     as_deployment = serve.deployment(
         name=DEPLOYMENT_NAME,
         num_replicas=settings.num_replicas,

@@ -1,6 +1,8 @@
 """The model in one process: buckets, padding, and the proof that a row's bits are its own."""
 
+import math
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -22,6 +24,10 @@ from schemas.placement import pin_thread
 from schemas.settings import ModelSettings, WindowSettings
 
 Device = Literal["auto", "cpu", "cuda"]
+
+# What an engine sets on CUDA is the process's, and so is the recording of a graph: where several
+# engines live in one process, one at a time may use the GPU. Calls to one are in a row anyway.
+_ON_GPU = threading.Lock()
 
 SMALLEST_BUCKET = 4  # below it, CPU kernels for vectors take over, and they round differently
 _NUM_PROBES = 4
@@ -77,7 +83,9 @@ class Engine:
     Args:
         num_threads: on a CPU they compute; with a GPU they copy windows into pinned memory.
         gpu_memory_fraction: of the device, for this process.
-        max_batch: the largest bucket, 4 at least. More windows in one call are split.
+        max_batch: the largest bucket that is tried, 4 at least. More windows in one call are split.
+        max_call_s: a bucket that takes longer when it is tried is dropped, and larger ones are not
+            tried; the smallest stays whatever it takes.
 
     Raises:
         ConfigError: no such device, or the reference outputs are missed by more than the
@@ -91,6 +99,7 @@ class Engine:
         device: Device = "auto",
         num_threads: int = 1,
         max_batch: int = 256,
+        max_call_s: float = math.inf,
         gpu_memory_fraction: float = 1.0,
     ) -> None:
         assert num_threads >= 1
@@ -108,6 +117,8 @@ class Engine:
         self._num_out_of_memory = 0
         self._plans: dict[int, tuple[int, ...]] = {0: ()}
         self._buckets: tuple[int, ...] = _candidate_buckets(max_batch)
+        self._max_call_s = max_call_s
+        self._is_bounded = False
         self._cost_s: dict[int, float] = {}
         self.row_invariant = self._keep_equal_buckets()
         self.check_reference()
@@ -135,6 +146,10 @@ class Engine:
         self._calls_by_bucket.update(plan)
         return Inference(features, scores, self._artifact.model_version)
 
+    @property
+    def model_version(self) -> str:
+        return self._artifact.model_version
+
     def describe(self) -> ModelDescription:
         config = self._artifact.config
         return ModelDescription(
@@ -146,6 +161,7 @@ class Engine:
             score_names=config.score_names,
             device=self._device.type,
             bucket_s={bucket: self._plan_cost_s(self._plan(bucket)) for bucket in self._buckets},
+            max_batch=self._buckets[-1] if self._is_bounded else None,
         )
 
     def statistics(self) -> EngineStatistics:
@@ -207,8 +223,15 @@ class Engine:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features (B, F) and scores (B, S), float32. The only place that runs the model."""
         torch.set_num_threads(self._num_threads)  # OpenMP counts per calling thread
-        if self._device.type == "cuda":
+        if self._device.type == "cpu":
+            return self._run_passes(windows, plan)
+        with _ON_GPU:
             _allow_tf32(self.precision == "tf32")
+            return self._run_passes(windows, plan)
+
+    def _run_passes(
+        self, windows: NDArray[np.float32], plan: Sequence[int]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         config = self._artifact.config
         features = np.empty((len(windows), config.num_features), np.float32)
         scores = np.empty((len(windows), config.num_scores), np.float32)
@@ -256,7 +279,11 @@ class Engine:
                 "raise model.gpu_memory_fraction"
             )
         log.warning("engine_out_of_memory", bucket=bucket, buckets=list(smaller))
-        self._buckets = smaller
+        self._leave_out_from(bucket)
+
+    def _leave_out_from(self, bucket: int) -> None:
+        """Uses smaller shapes alone from now on."""
+        self._buckets = tuple(size for size in self._buckets if size < bucket)
         self._passes = {size: one for size, one in self._passes.items() if size < bucket}
         self._plans = {0: ()}
         if self._device.type == "cuda":
@@ -276,6 +303,10 @@ class Engine:
                 bits, self._cost_s[bucket] = self._probe(bucket, probes)
             except torch.OutOfMemoryError:
                 self._give_up(bucket)
+                break
+            if self._cost_s[bucket] > self._max_call_s and bucket > self._buckets[0]:
+                self._leave_out_from(bucket)
+                self._is_bounded = True
                 break
             if bits is not None:
                 agreeing.setdefault(bits, []).append(bucket)
@@ -362,6 +393,7 @@ def build_engine(artifact: Artifact, settings: ModelSettings) -> Engine:
         device=settings.device,
         num_threads=settings.num_threads,
         max_batch=settings.max_batch,
+        max_call_s=settings.max_call_ms / 1000,
         gpu_memory_fraction=settings.gpu_memory_fraction,
     )
 

@@ -162,6 +162,11 @@ class ModelSettings(Section):
     """Which model, and where it runs."""
 
     artifact: Path | None = Field(None, description="A model folder; none: seeded weights.")
+    store: Path | None = Field(
+        None,
+        description="Instead, a folder of model versions, among which `tapeline model promote` "
+        "and `rollback` choose while workers run.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`cpu` or `cuda`; `auto` takes a GPU if torch sees one."
     )
@@ -177,7 +182,16 @@ class ModelSettings(Section):
         "one machine share them.",
     )
     num_replicas: int = Field(1, ge=1, description="Of the model, on Ray Serve.")
-    max_batch: int = Field(256, ge=1, description="The largest bucket.")
+    max_batch: int = Field(256, ge=1, description="The largest bucket that is tried.")
+    max_call_ms: float = Field(
+        50, gt=0, description="A bucket that takes longer when it is tried is not used."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.artifact is not None and self.store is not None:
+            raise ValueError("set artifact or store, not both: a store says itself what serves")
+        return self
 
     @model_validator(mode="after")
     def _threads_have_cores(self) -> Self:

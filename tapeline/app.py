@@ -54,12 +54,12 @@ async def run_worker(
 
     Raises ConfigError, or what ended the loop.
     """
-    from inference.engine import load_engine  # torch, only here
+    from inference.hosted import host_models  # torch, only here
 
     pin_process("worker.cpu_affinity", settings.worker.cpu_affinity)
     loop, thread = asyncio.get_running_loop(), engine_thread()
-    engine = await loop.run_in_executor(thread, load_engine, settings.model, settings.window)
-    inferencer = LocalInferencer(engine.infer, engine.describe(), thread)
+    models = await loop.run_in_executor(thread, host_models, settings.model, settings.window)
+    inferencer = LocalInferencer(models, thread)
     first_seen = await open_first_seen(settings.redis)
     with claimed_name(settings) as name:
         worker = Worker(settings, inferencer, first_seen, instance_id=name)

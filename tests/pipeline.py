@@ -20,6 +20,7 @@ from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
 from inference.client import Inferencer, LocalInferencer
 from inference.engine import Engine
+from inference.hosted import HostedModels
 from schemas.messages import MarketEvent
 from schemas.settings import Settings, as_environment
 from tapeline.producer import MarketEventProducer
@@ -130,7 +131,7 @@ def running_worker(
 
 
 def local(engine: Engine) -> LocalInferencer:
-    return LocalInferencer(engine.infer, engine.describe())
+    return LocalInferencer(HostedModels(engine))
 
 
 @contextmanager

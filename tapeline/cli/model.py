@@ -1,19 +1,25 @@
-"""``tapeline model inspect | bench | optimize``."""
+"""``tapeline model inspect | bench | optimize | ls | promote | rollback``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from schemas.errors import ConfigError
+from schemas.rollout import find_rollout
 from tapeline.cli.terminal import JsonOption, err, given_settings, out, print_json, print_table
 
 if TYPE_CHECKING:
     from inference.artifact import Artifact
     from inference.model import ModelConfig
     from inference.optimize import Step
-    from schemas.settings import ModelSettings
+    from inference.store import ModelStore
+    from schemas.rollout import Rollout
+    from schemas.settings import ModelSettings, Settings
 
-app = typer.Typer(help="Look at a model, measure it, make it fast.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at a model, measure it, make it fast, have it serve.", no_args_is_help=True
+)
 
 ArtifactArgument = Annotated[
     Path | None,
@@ -149,6 +155,88 @@ def optimize(
     )
     wrote = f"wrote {target}: {found.artifact.model_version}" if kept else "nothing was faster"
     out().print(wrote, highlight=False)
+
+
+@app.command()
+def ls(ctx: typer.Context, json: JsonOption = False) -> None:
+    """List the versions in model.store, and what each is used for."""
+    store = _store(given_settings(ctx))
+    versions, rollout = store.versions(), find_rollout(store.path)
+    uses = {version: _use(version, rollout) for version in versions}
+    if json:
+        print_json(uses)
+        return
+    print_table(("model version", "use"), uses.items())
+
+
+@app.command()
+def promote(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="NAME@VERSION in model.store, or a model folder to copy into it."),
+    ],
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Only compute beside what serves, and compare.")
+    ] = False,
+    canary: Annotated[
+        float | None,
+        typer.Option(help="Serve this share of the symbols, chosen by hash.", min=0, max=1),
+    ] = None,
+) -> None:
+    """Have a model version serve, while workers run and without losing a request.
+
+    Workers on this model.store load and warm it beside what serves, and then change over; their
+    log says so. `rollback` goes back.
+    """
+    if shadow and canary is not None:
+        raise ConfigError("a model is tried as a shadow or as a canary, not as both; choose one")
+    settings = given_settings(ctx)
+    store = _store(settings)
+    folder = Path(model)
+    version = store.add(folder) if folder.is_dir() else store.resolve(model)
+    if shadow or canary is not None:
+        _show_rollout(store.try_out(version, settings.window, canary))
+    else:
+        _show_rollout(store.promote(version, settings.window))
+
+
+@app.command()
+def rollback(ctx: typer.Context) -> None:
+    """End shadow and canary; where there is neither, have the version before serve again."""
+    _show_rollout(_store(given_settings(ctx)).roll_back())
+
+
+def _store(settings: "Settings") -> "ModelStore":
+    from inference.store import ModelStore
+
+    if settings.model.store is None:
+        raise ConfigError(
+            "there is no model.store; set TAPELINE_MODEL__STORE to a folder, for example models"
+        )
+    return ModelStore(settings.model.store)
+
+
+def _use(version: str, rollout: "Rollout | None") -> str:
+    if rollout is None:
+        return "-"
+    uses = {
+        rollout.serving: "serves",
+        rollout.canary: f"canary, {rollout.canary_share:.0%} of symbols",
+        rollout.shadow: "shadow",
+    }
+    served = (
+        f"served {rollout.before.index(version) + 1} before" if version in rollout.before else "-"
+    )
+    return uses.get(version, served)
+
+
+def _show_rollout(rollout: "Rollout") -> None:
+    out().print(f"serving {rollout.serving}", highlight=False)
+    if rollout.canary:
+        out().print(f"canary {rollout.canary}, {rollout.canary_share:.0%} of symbols")
+    if rollout.shadow:
+        out().print(f"shadow {rollout.shadow}", highlight=False)
 
 
 def _artifact(settings: "ModelSettings", path: Path | None) -> "Artifact":

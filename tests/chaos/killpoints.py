@@ -26,8 +26,8 @@ from chaos.workers import LONG_S, forkserver, run_child
 from schemas.settings import Settings
 
 FILES = (
-    "worker.py", "intake.py", "assignments.py", "dedup.py", "bisection.py", "retry.py",
-    "publisher.py", "transactions.py", "poller.py",
+    "worker.py", "model_stage.py", "intake.py", "assignments.py", "dedup.py", "bisection.py",
+    "retry.py", "publisher.py", "transactions.py", "poller.py",
 )  # fmt: skip
 _CALLS = {
     "produce", "poll", "flush", "commit", "begin_transaction", "send_offsets_to_transaction",

@@ -15,7 +15,8 @@ from inference.client import Inference, ModelDescription
 from schemas.settings import CacheSettings, RedisSettings, Settings
 from tapeline.processes import free_ports
 
-MODEL = ModelDescription("m@1-00000000", "test-v1", 3, 7, 4, ("up",))
+VERSION = "m@1-00000000"
+MODEL = ModelDescription(VERSION, "test-v1", 3, 7, 4, ("up",))
 
 
 class Clock:
@@ -65,8 +66,8 @@ async def new_cache(settings: Settings) -> AsyncIterator[Callable[..., FeatureCa
 
 async def kept(cache: FeatureCache, numbers: list[int]) -> list[bytes]:
     """Keys of windows whose rows the cache now holds, in Redis as well."""
-    keys = [cache.key_of(window(number)) for number in numbers]
-    cache.keep(keys, [row(number) for number in numbers])
+    keys = [cache.key_of(window(number), VERSION) for number in numbers]
+    cache.keep(keys, [row(number) for number in numbers], VERSION)
     await asyncio.gather(*cache._writes)
     return keys
 
@@ -85,12 +86,12 @@ async def test_what_one_worker_computed_another_finds(
 ) -> None:
     first, second = new_cache(), new_cache()
     keys = await kept(first, [1, 2])
-    found = await second.look_up([*keys, second.key_of(window(3))])
+    found = await second.look_up([*keys, second.key_of(window(3), VERSION)], VERSION)
     assert_row(found[0], 1)
     assert_row(found[1], 2)
     assert found[2] is None
     assert (second.statistics().redis_hits, second.statistics().misses) == (2, 1)
-    assert_row((await second.look_up(keys[:1]))[0], 1)
+    assert_row((await second.look_up(keys[:1], VERSION))[0], 1)
     assert second.statistics().memory_hits == 1, "it has learned it"
 
 
@@ -101,12 +102,16 @@ async def test_another_model_or_channel_set_has_other_keys(
         ModelDescription("m@2-00000000", "test-v1", 3, 7, 4, ("up",)),
         ModelDescription("m@1-00000000", "test-v2", 3, 7, 4, ("up",)),
     ]
-    keys = {new_cache(model=model).key_of(window(1)) for model in [MODEL, *others]}
+    keys = {
+        new_cache(model=model).key_of(window(1), model.model_version) for model in [MODEL, *others]
+    }
     assert len(keys) == 3
     cache = new_cache()
-    key = cache.key_of(window(1))
-    cache.keep([key], [row(1, version="m@2-00000000")])
-    assert await cache.look_up([key]) == [None], "made by a model that was swapped in meanwhile"
+    key = cache.key_of(window(1), VERSION)
+    cache.keep([key], [row(1, version="m@2-00000000")], VERSION)
+    assert await cache.look_up([key], VERSION) == [None], (
+        "made by a model that was swapped in meanwhile"
+    )
 
 
 def flipped(value: bytes) -> bytes:
@@ -138,11 +143,11 @@ async def test_a_poisoned_value_is_rejected_and_overwritten(
         name, other_name = first._name(key), first._name(other)
         client.set(name, spoil(client.get(name), client.get(other_name)))
         second = new_cache()
-        assert await second.look_up([key]) == [None]
+        assert await second.look_up([key], VERSION) == [None]
         assert second.statistics().rejected == 1
         await kept(second, [1])
         third = new_cache()
-        assert_row((await third.look_up([key]))[0], 1)
+        assert_row((await third.look_up([key], VERSION))[0], 1)
         assert third.statistics().rejected == 0
 
 
@@ -151,9 +156,9 @@ async def test_what_is_too_old_is_computed_again(new_cache: Callable[..., Featur
     cache = new_cache(ttl_s=10, clock=clock, in_redis=False)
     keys = await kept(cache, [1])
     clock.now_s += 9.9
-    assert_row((await cache.look_up(keys))[0], 1)
+    assert_row((await cache.look_up(keys, VERSION))[0], 1)
     clock.now_s += 0.2
-    assert await cache.look_up(keys) == [None]
+    assert await cache.look_up(keys, VERSION) == [None]
     assert cache.statistics().stale == 1
     assert cache.statistics().num_bytes == 0
 
@@ -173,11 +178,11 @@ async def test_memory_is_bounded_and_the_longest_unused_leaves(
 ) -> None:
     cache = new_cache(in_redis=False, memory_mb=1)
     numbers = list(range(5000))
-    keys = [cache.key_of(window(number)) for number in numbers]
+    keys = [cache.key_of(window(number), VERSION) for number in numbers]
     for key, number in zip(keys, numbers, strict=True):
-        cache.keep([key], [row(number)])
-        await cache.look_up(keys[:1])  # used all the time
-    found = await cache.look_up([keys[0], keys[1], keys[-1]])
+        cache.keep([key], [row(number)], VERSION)
+        await cache.look_up(keys[:1], VERSION)  # used all the time
+    found = await cache.look_up([keys[0], keys[1], keys[-1]], VERSION)
     assert [one is not None for one in found] == [True, False, True]
     assert 900_000 < cache.statistics().num_bytes <= 1 << 20
 
@@ -188,14 +193,14 @@ async def test_without_redis_memory_answers_and_redis_is_asked_again(
     clock = Clock()
     nowhere = f"redis://127.0.0.1:{free_ports(1)[0]}/0"
     cache = new_cache(url=nowhere, clock=clock)
-    keys = [cache.key_of(window(number)) for number in (1, 2)]
-    assert await cache.look_up(keys) == [None, None]
+    keys = [cache.key_of(window(number), VERSION) for number in (1, 2)]
+    assert await cache.look_up(keys, VERSION) == [None, None]
     assert cache.statistics().errors == 2
-    cache.keep(keys[:1], [row(1)])
-    assert_row((await cache.look_up(keys[:1]))[0], 1)
+    cache.keep(keys[:1], [row(1)], VERSION)
+    assert_row((await cache.look_up(keys[:1], VERSION))[0], 1)
     assert cache.statistics().errors == 3, "within a second it is left alone"
     clock.now_s += 1.1
-    assert await cache.look_up(keys[1:]) == [None]
+    assert await cache.look_up(keys[1:], VERSION) == [None]
     assert cache.statistics().errors == 4
 
 
@@ -203,7 +208,7 @@ async def test_hits_are_checked_at_random(new_cache: Callable[..., FeatureCache]
     assert new_cache(recompute_share=0.5, chance=0.4).is_to_be_checked()
     assert not new_cache(recompute_share=0.5, chance=0.6).is_to_be_checked()
     cache = new_cache()
-    key = cache.key_of(window(1))
+    key = cache.key_of(window(1), VERSION)
     cache.check(key, row(1), row(1))
     assert (cache.statistics().recomputed, cache.statistics().mismatches) == (1, 0)
     cache.check(key, row(1), row(1.0000001192))

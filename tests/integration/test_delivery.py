@@ -20,6 +20,7 @@ from pipeline import (
     produce,
     running_worker,
 )
+from stand_ins import FakeModel
 from waiting import wait_until
 
 from consumers.envelopes import REPLAYED_FROM_HEADER
@@ -235,7 +236,8 @@ class Picky(LocalInferencer):
     """The engine, but for the windows that it does not like."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(self._infer_liked, engine.describe())
+        self.answer = self._infer_liked
+        super().__init__(FakeModel(lambda windows: self.answer(windows), engine.describe()))
         self.disliked: set[bytes] = set()
         self._engine = engine
 
@@ -267,12 +269,12 @@ def test_a_record_that_the_model_fails_on_is_a_dead_letter_and_may_come_again(
             picky.disliked = set(seen[200 - WARM_UP :][:1])
         return picky._infer_liked(windows)
 
-    picky._infer = note
+    picky.answer = note
     with running_worker(settings, engine, picky) as worker:
         produce(settings, events, "realtime")
         counts = worker.wait_until_ended("realtime", 300)
         assert (counts.features, counts.dead_letters) == (300 - WARM_UP - 1, 1)
-        picky._infer = whole
+        picky.answer = whole
     received = features(settings)
     assert bad.event_id not in {one.feature.event_id for one in received}
     assert_once_and_in_order(received)
@@ -313,7 +315,7 @@ class Held(LocalInferencer):
     """The engine, which answers only while it is let."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(self._infer_when_let, engine.describe())
+        super().__init__(FakeModel(self._infer_when_let, engine.describe()))
         self.let = threading.Event()
         self._engine = engine
 

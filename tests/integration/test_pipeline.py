@@ -127,7 +127,9 @@ class Overtaking:
         self._next_done = asyncio.Event()
         self.num_overtaken = 0
 
-    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+    async def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference:
         self._num_calls += 1
         held_back = self._num_calls % 2 == 1
         if held_back:
@@ -143,6 +145,9 @@ class Overtaking:
 
     async def describe(self) -> ModelDescription:
         return await self._inner.describe()
+
+    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
+        return await self._inner.prepare(versions)
 
     async def close(self) -> None:
         await self._inner.close()
@@ -372,10 +377,15 @@ class Gone:
     def __init__(self, engine: Engine) -> None:
         self._description = engine.describe()
 
-    async def infer(self, windows: NDArray[np.float32]) -> Inference:
+    async def infer(
+        self, windows: NDArray[np.float32], model_version: str | None = None
+    ) -> Inference:
         raise TransientError("the model is gone")
 
     async def describe(self) -> ModelDescription:
+        return self._description
+
+    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
         return self._description
 
     async def close(self) -> None:

@@ -15,7 +15,8 @@ from inference.client import Inference, ModelDescription
 from schemas.errors import PoisonRecord, TransientError
 from schemas.settings import CacheSettings, RedisSettings
 
-MODEL = ModelDescription("m@1-00000000", "test-v1", 1, 2, 2, ())
+VERSION = "m@1-00000000"
+MODEL = ModelDescription(VERSION, "test-v1", 1, 2, 2, ())
 Windows = NDArray[np.float32]
 
 
@@ -72,7 +73,7 @@ def test_overlapping_batches_get_the_model_s_outcomes_and_ask_once(
 
     async def run_one(batch: list[tuple[int, bool]]) -> list[Outcome]:
         numbers, wanted = [one for one, _ in batch], [want for _, want in batch]
-        return await cached.infer_each(batch_of(numbers), wanted, model.infer_each)
+        return await cached.infer_each(VERSION, batch_of(numbers), wanted, model.infer_each)
 
     async def run_all() -> list[list[Outcome]]:
         if in_turn:
@@ -95,8 +96,8 @@ async def test_what_another_batch_failed_at_is_tried_again() -> None:
     model, cached = Model(), CachedInference(new_cache())
     model.num_failures = 1
     first, second = await asyncio.gather(
-        cached.infer_each(batch_of([1]), [True], model.infer_each),
-        cached.infer_each(batch_of([1, 2]), [True, True], model.infer_each),
+        cached.infer_each(VERSION, batch_of([1]), [True], model.infer_each),
+        cached.infer_each(VERSION, batch_of([1, 2]), [True, True], model.infer_each),
         return_exceptions=True,
     )
     assert isinstance(first, TransientError)
@@ -107,20 +108,20 @@ async def test_what_another_batch_failed_at_is_tried_again() -> None:
 
 async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
     model, cached = Model(), CachedInference(new_cache())
-    task = asyncio.create_task(cached.infer_each(batch_of([1]), [True], model.infer_each))
+    task = asyncio.create_task(cached.infer_each(VERSION, batch_of([1]), [True], model.infer_each))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not cached._computing
-    assert_outcomes(await cached.infer_each(batch_of([1]), [True], model.infer_each), [1])
+    assert_outcomes(await cached.infer_each(VERSION, batch_of([1]), [True], model.infer_each), [1])
 
 
 async def test_a_checked_hit_is_computed_again_and_is_not_marked() -> None:
     model, cache = Model(), new_cache(recompute_share=1.0)
     cached = CachedInference(cache)
     for _ in range(3):
-        outcomes = await cached.infer_each(batch_of([1]), [True], model.infer_each)
+        outcomes = await cached.infer_each(VERSION, batch_of([1]), [True], model.infer_each)
         assert_outcomes(outcomes, [1])
         assert not outcomes[0][0].cached  # type: ignore[index]
     assert model.asked[1] == 3
@@ -129,6 +130,8 @@ async def test_a_checked_hit_is_computed_again_and_is_not_marked() -> None:
 
 async def test_only_hits_are_marked() -> None:
     model, cached = Model(), CachedInference(new_cache())
-    await cached.infer_each(batch_of([1]), [True], model.infer_each)
-    outcomes = await cached.infer_each(batch_of([1, 2, 1]), [True, True, False], model.infer_each)
+    await cached.infer_each(VERSION, batch_of([1]), [True], model.infer_each)
+    outcomes = await cached.infer_each(
+        VERSION, batch_of([1, 2, 1]), [True, True, False], model.infer_each
+    )
     assert [one[0].cached for one in outcomes] == [True, False, False]  # type: ignore[index]

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from stand_ins import FakeModel
 
 from inference.client import Inference, LocalInferencer, ModelDescription
 
@@ -30,7 +31,7 @@ def test_the_event_loop_stays_free_while_the_engine_works() -> None:
         return answer(windows)
 
     async def main() -> Inference:
-        inferencer = LocalInferencer(infer, DESCRIPTION)
+        inferencer = LocalInferencer(FakeModel(infer, DESCRIPTION))
         call = asyncio.create_task(inferencer.infer(WINDOWS))
         await asyncio.sleep(0)  # the call begins
         loop_has_turned.set()
@@ -54,7 +55,7 @@ def test_the_engine_is_never_entered_twice() -> None:
         return answer(windows)
 
     async def main() -> None:
-        inferencer = LocalInferencer(infer, DESCRIPTION)
+        inferencer = LocalInferencer(FakeModel(infer, DESCRIPTION))
         sizes = range(1, 30)
         batches = [np.zeros((size, 2, 3), np.float32) for size in sizes]
         results = await asyncio.gather(*[inferencer.infer(batch) for batch in batches])
@@ -71,7 +72,7 @@ def test_the_engine_s_error_is_the_caller_s() -> None:
         raise ValueError("windows must have shape")
 
     async def main() -> None:
-        inferencer = LocalInferencer(infer, DESCRIPTION)
+        inferencer = LocalInferencer(FakeModel(infer, DESCRIPTION))
         with pytest.raises(ValueError, match="must have shape"):
             await inferencer.infer(WINDOWS)
         await inferencer.close()

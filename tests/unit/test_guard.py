@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from prometheus_client import CollectorRegistry
+from stand_ins import FakeModel
 
 from consumers.dedup import open_first_seen
 from consumers.guard import ResourceGuard, ResourceUsage, Restraint
@@ -154,7 +155,7 @@ def test_worker_shows_what_the_guard_saw_and_did() -> None:
     settings = load_settings(redis={"url": None}, guard={"cpu": "on"})
 
     async def build() -> Worker:
-        inferencer = LocalInferencer(lambda _: pytest.fail("never called"), description)
+        inferencer = LocalInferencer(FakeModel(lambda _: pytest.fail("never called"), description))
         return Worker(
             settings, inferencer, await open_first_seen(settings.redis), registry=registry
         )
