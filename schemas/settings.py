@@ -24,6 +24,7 @@ from pydantic_settings import (
 
 from schemas.errors import ConfigError
 from schemas.guard import GuardSettings
+from schemas.http import HttpSettings
 from schemas.lanes import DEFAULT_LANES, Fraction, LaneSettings, Section, check_relations
 
 ENV_PREFIX = "TAPELINE_"
@@ -256,6 +257,7 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     cache: CacheSettings = CacheSettings()
     serve: ServeSettings = ServeSettings()
+    http: HttpSettings = HttpSettings()
     metrics: MetricsSettings = MetricsSettings()
     state_dir: Path = Field(Path(".tapeline"), description="What `tapeline up` keeps.")
 

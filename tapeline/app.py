@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -22,6 +23,9 @@ from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 _EXIT_GRACE_S = 5.0
 
@@ -110,19 +114,25 @@ def _end_process_after(limit_s: float) -> None:
 
 
 class ServeApplication:
-    """The processor on Ray Serve: one application, a worker and a model deployment."""
+    """The processor on Ray Serve: an application of workers and model, and perhaps one for HTTP."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._name = settings.serve.app_name
+        self._http_name = f"{self._name}-http"
 
     def deploy(self) -> None:
-        """Starts both deployments and waits until every replica works.
+        """Starts all deployments and waits until every replica works.
 
         Raises ConfigError with the replica's own sentence if one cannot start.
         """
-        from ray import serve
+        self._deploy_stream()
+        if self._settings.http.enabled:
+            from tapeline.http.deployment import build_http_deployment
 
+            self._run(build_http_deployment(self._settings), self._http_name, "/")
+
+    def _deploy_stream(self) -> None:
         from consumers.deployment import build_worker_deployment
         from inference.deployment import build_model_deployment
 
@@ -133,10 +143,15 @@ class ServeApplication:
             window=settings.window,
             version=fixed_version(settings),
         )
+        self._run(build_worker_deployment(settings, model), self._name, None)
+
+    def _run(self, application: "Application", name: str, route_prefix: str | None) -> None:
+        from ray import serve
+
         try:
-            serve.run(build_worker_deployment(settings, model), name=self._name, route_prefix=None)
+            serve.run(application, name=name, route_prefix=route_prefix)
         except RuntimeError as error:
-            status = serve.status().applications.get(self._name)
+            status = serve.status().applications.get(name)
             reports = [one.message for one in status.deployments.values()] if status else []
             raise ConfigError(_cause([*reports, str(error)])) from error
 
@@ -147,7 +162,7 @@ class ServeApplication:
         """
         demand_only_live(self._settings, settings)
         self._settings = settings
-        self.deploy()
+        self._deploy_stream()
 
     def statistics(self) -> list[WorkerStatistics]:
         """Of every worker replica; blocks for some milliseconds."""
@@ -161,9 +176,11 @@ class ServeApplication:
         return self._of_every_worker("drain")
 
     def delete(self) -> None:
-        """Takes both deployments away; blocks until their replicas are gone."""
+        """Takes all deployments away; blocks until their replicas are gone."""
         from ray import serve
 
+        if self._settings.http.enabled:
+            serve.delete(self._http_name)
         serve.delete(self._name)
 
     def _of_every_worker(self, method: str) -> list[WorkerStatistics]:
@@ -202,7 +219,12 @@ def ray_session(settings: Settings, *, log_to_driver: bool = True) -> Iterator[s
         ) from error
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        http = settings.http
+        serve.start(
+            proxy_location="EveryNode" if http.enabled else "Disabled",
+            http_options={"host": http.host, "port": http.port},
+            logging_config={"log_level": "WARNING"},
+        )
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()

@@ -17,6 +17,7 @@ import redis as redis_client
 
 from schemas.lanes import DEFAULT_LANES
 from schemas.settings import ENV_PREFIX, Settings, load_settings
+from tapeline.processes import free_ports
 from tapeline.services import ServiceName, kafka_version
 from tapeline.stack import ServiceStatus, Stack
 
@@ -131,8 +132,8 @@ def settings(make_settings: MakeSettings) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def ray_runtime(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A Ray of our own with Serve in it, without dashboard and HTTP proxy."""
+def ray_runtime(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A Ray of our own with Serve in it, without dashboard; the port of its HTTP proxy."""
     import ray
     from ray import serve
 
@@ -147,10 +148,11 @@ def ray_runtime(request: pytest.FixtureRequest) -> Iterator[None]:
         configure_logging=True,
     )
     try:
-        serve.start(proxy_location="Disabled")
+        [port] = free_ports(1)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         address = ray.get_runtime_context().gcs_address
         request.config.stash[_VERSIONS]["ray"] = f"{ray.__version__} with Serve at {address}"
-        yield
+        yield port
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()

@@ -16,6 +16,7 @@ MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 MAY_IMPORT_RAY = {
     "consumers/deployment.py",
     "inference/deployment.py",
+    "tapeline/http/deployment.py",
 }
 
 
