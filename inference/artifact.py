@@ -4,6 +4,7 @@
     weights.safetensors     named as in the network's ``state_dict()``
     reference.safetensors   windows with the features and scores they must give
     README.md               the model card
+    program.pt2             only where the network is an exported program: its graph
     manifest.json           sha256 of each file above
 
 No pickle anywhere. A folder never changes once it is written; a new version is a new folder.
@@ -38,6 +39,7 @@ _CONFIG, _WEIGHTS, _REFERENCE, _CARD = (
     "reference.safetensors",
     "README.md",
 )
+_PROGRAM = "program.pt2"
 _MANIFEST = "manifest.json"
 _NUM_REFERENCE_WINDOWS = 8
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -68,6 +70,7 @@ class Artifact:
         tolerance: largest absolute difference from ``reference`` that still counts as this model.
         precision: what the layers compute in.
         cuda_graphs: on a GPU, each batch shape is recorded once and replayed.
+        program: an exported network's graph; see ``inference.exported``.
         card: Markdown: what it was trained on, what its features mean, what it must not be used
             for.
     """
@@ -84,6 +87,7 @@ class Artifact:
     tolerance: float = DEFAULT_TOLERANCE
     precision: Precision = "fp32"
     cuda_graphs: bool = True
+    program: bytes | None = None
 
     @classmethod
     def from_model(
@@ -107,7 +111,7 @@ class Artifact:
         normalisation = Normalisation(
             model.mean.cpu().numpy().ravel(), model.scale.cpu().numpy().ravel(), model.clip
         )
-        frozen = _build(model.config, normalisation, weights)
+        frozen = _build(model.config, normalisation, weights, model.program)
         if reference_windows is None:
             reference_windows = typical_windows(
                 model.config, normalisation, _NUM_REFERENCE_WINDOWS, seed=0
@@ -125,6 +129,7 @@ class Artifact:
             reference=Reference(reference_windows, features.numpy(), scores.numpy()),
             card=card,
             tolerance=tolerance,
+            program=model.program,
         )
         return replace(draft, model_version=draft.expected_version)
 
@@ -134,7 +139,7 @@ class Artifact:
 
     def build_model(self) -> Network:
         """A new module with these weights, on the CPU, in float32, in eval mode."""
-        return _build(self.config, self.normalisation, self.weights)
+        return _build(self.config, self.normalisation, self.weights, self.program)
 
     def as_variant(
         self,
@@ -160,10 +165,7 @@ class Artifact:
     @property
     def expected_version(self) -> str:
         """What ``model_version`` must be for these contents."""
-        digest = _digest(
-            self.config, self.normalisation, self.channels_version, self.weights, self.precision
-        )
-        return f"{self.name}@{self.version}-{digest}"
+        return f"{self.name}@{self.version}-{_digest(self)}"
 
 
 class _Expected(NamedTuple):
@@ -245,7 +247,8 @@ def load_artifact(
     config = config_file.sizes
     normalisation = _normalisation(path, config_file)
     weights = _tensors(path, _WEIGHTS, files[_WEIGHTS])
-    _check_shapes(path, _WEIGHTS, weights, _expected_weights(path, config))
+    program = files.get(_PROGRAM)
+    _check_shapes(path, _WEIGHTS, weights, _expected_weights(path, config, program))
     reference = _tensors(path, _REFERENCE, files[_REFERENCE])
     _check_shapes(path, _REFERENCE, reference, _reference_shapes(config, reference))
     if channels_version is not None and channels_version != config_file.channels_version:
@@ -271,6 +274,7 @@ def load_artifact(
         tolerance=config_file.tolerance,
         precision=config_file.precision,
         cuda_graphs=config_file.cuda_graphs,
+        program=program,
     )
     if artifact.model_version != artifact.expected_version:
         raise ConfigError(
@@ -291,32 +295,32 @@ def typical_windows(
 
 
 def _build(
-    config: ModelConfig, normalisation: Normalisation, weights: Mapping[str, Tensor]
+    config: ModelConfig,
+    normalisation: Normalisation,
+    weights: Mapping[str, Tensor],
+    program: bytes | None,
 ) -> Network:
-    model = build_network(config, normalisation)
+    model = build_network(config, normalisation, program)
     model.load_state_dict(weights)
     return model.eval()
 
 
-def _digest(
-    config: ModelConfig,
-    normalisation: Normalisation,
-    channels_version: str,
-    weights: Mapping[str, Tensor],
-    precision: Precision,
-) -> str:
+def _digest(artifact: Artifact) -> str:
     """8 hex digits over all that decides a feature."""
+    config, normalisation, weights = artifact.config, artifact.normalisation, artifact.weights
     digest = hashlib.sha256()
     added_later = {"architecture", "options"} if config.architecture == CNN_LSTM else set()
     sizes = config.model_dump(mode="json", exclude=added_later)
-    digest.update(_json([sizes, channels_version, normalisation.clip]))
+    digest.update(_json([sizes, artifact.channels_version, normalisation.clip]))
     digest.update(normalisation.mean.tobytes() + normalisation.scale.tobytes())
     for name in sorted(weights):
         tensor = weights[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
-    if precision != "fp32":
-        digest.update(precision.encode())
+    if artifact.precision != "fp32":
+        digest.update(artifact.precision.encode())
+    if artifact.program is not None:
+        digest.update(artifact.program)
     return digest.hexdigest()[:8]
 
 
@@ -342,7 +346,8 @@ def _encode(artifact: Artifact) -> dict[str, bytes]:
         )
     except ValidationError as error:
         raise ConfigError(f"the artifact cannot be saved: {_first_problem(error)}") from error
-    return {
+    program = {} if artifact.program is None else {_PROGRAM: artifact.program}
+    return program | {
         _CONFIG: _json(config_file.model_dump(mode="json")),
         _WEIGHTS: safetensors.torch.save(dict(artifact.weights)),
         _REFERENCE: safetensors.numpy.save(
@@ -360,9 +365,10 @@ def _read_checked(path: Path) -> dict[str, bytes]:
     """Every file's content, its checksum proven."""
     if not path.is_dir():
         raise ConfigError(f"there is no model artifact at {path}; model.artifact must be a folder")
-    names = (_CONFIG, _WEIGHTS, _REFERENCE, _CARD)
+    names = [_CONFIG, _WEIGHTS, _REFERENCE, _CARD]
     try:
         checksums = json.loads((path / _MANIFEST).read_bytes())["sha256"]
+        names += [_PROGRAM] if _PROGRAM in checksums else []
         files = {name: (path / name).read_bytes() for name in names}
         expected = {name: checksums[name] for name in names}
     except OSError as error:
@@ -421,14 +427,16 @@ def _tensors(path: Path, name: str, content: bytes) -> dict[str, Tensor]:
         raise ConfigError(f"{path / name} is not a safetensors file: {error}") from error
 
 
-def _expected_weights(path: Path, config: ModelConfig) -> dict[str, _Expected]:
+def _expected_weights(
+    path: Path, config: ModelConfig, program: bytes | None
+) -> dict[str, _Expected]:
     normalisation = Normalisation([0] * config.num_channels, [1] * config.num_channels)
     try:
         if config.architecture == CNN_LSTM:
             with torch.device("meta"):  # shapes alone: no memory, no random numbers
                 model = build_network(config, normalisation)
         else:
-            model = build_network(config, normalisation)
+            model = build_network(config, normalisation, program)
     except ValueError as error:
         raise ConfigError(f"{path / _CONFIG}: sizes: {error}") from error
     return {

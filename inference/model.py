@@ -18,6 +18,7 @@ _DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
 
 
 CNN_LSTM = "cnn_lstm"
+EXPORTED = "exported"
 
 
 class ModelConfig(BaseModel):
@@ -30,8 +31,8 @@ class ModelConfig(BaseModel):
 
     architecture: str = Field(
         CNN_LSTM,
-        pattern=rf"^({CNN_LSTM}|[\w.]+:\w+)$",
-        description="`cnn_lstm`, or `package.module:Class` of an `nn.Module`.",
+        pattern=rf"^({CNN_LSTM}|{EXPORTED}|[\w.]+:\w+)$",
+        description="`cnn_lstm`, `package.module:Class` of an `nn.Module`, or `exported`.",
     )
     options: dict[str, JsonValue] = Field({}, description="Of that class's constructor, by name.")
     num_channels: int = Field(50, ge=1, le=4096)
@@ -53,8 +54,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if self.options and self.architecture == CNN_LSTM:
-            raise ValueError("options are another architecture's; cnn_lstm has sizes of its own")
+        if self.options and self.architecture in (CNN_LSTM, EXPORTED):
+            raise ValueError(f"options are another architecture's; {self.architecture} has none")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if len(set(self.score_names)) < len(self.score_names):
@@ -108,6 +109,7 @@ class Network(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    program: bytes | None = None
 
     def __init__(self, config: ModelConfig, normalisation: Normalisation) -> None:
         super().__init__()
@@ -219,8 +221,22 @@ class OwnNetwork(Network):
         return outputs
 
 
-def build_network(config: ModelConfig, normalisation: Normalisation) -> Network:
-    """A new network with weights as its constructor leaves them. Raises ValueError."""
+def build_network(
+    config: ModelConfig, normalisation: Normalisation, program: bytes | None = None
+) -> Network:
+    """A new network with weights as its constructor leaves them.
+
+    Args:
+        program: of an ``exported`` one.
+
+    Raises ValueError.
+    """
+    if config.architecture == EXPORTED:
+        from inference.exported import ExportedNetwork  # torch.export takes a second
+
+        if program is None:
+            raise ValueError("the architecture is exported, but there is no program")
+        return ExportedNetwork(config, normalisation, program)
     kind = CnnLstm if config.architecture == CNN_LSTM else OwnNetwork
     return kind(config, normalisation)
 

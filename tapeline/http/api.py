@@ -81,6 +81,7 @@ def build_api(
     Args:
         lifespan: what is to run as long as it does.
     """
+    shape = _Shape(inferencer)
     limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
     limit = RateLimitItemPerMinute(settings.requests_per_minute or 1)
 
@@ -144,7 +145,7 @@ def build_api(
         if content_type not in (JSON, RAW):
             raise HTTPException(415, f"the body must be {JSON} or {RAW}, not {content_type!r}")
         body = await _body(request, settings.max_body_bytes)
-        model = await inferencer.describe()
+        model = await shape.ask()
         windows = _from_raw(body, model) if content_type == RAW else _from_json(body, model)
         if not 0 < len(windows) <= settings.max_windows:
             raise HTTPException(
@@ -182,6 +183,19 @@ def build_api(
         return _latest(feature)
 
     return api
+
+
+class _Shape:
+    """What windows must be like, asked once: versions that follow each other are alike in it."""
+
+    def __init__(self, inferencer: Inferencer) -> None:
+        self._inferencer = inferencer
+        self._known: ModelDescription | None = None
+
+    async def ask(self) -> ModelDescription:
+        if self._known is None:
+            self._known = await self._inferencer.describe()
+        return self._known
 
 
 def _demand(token: str) -> Callable[..., None]:
