@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from inference.artifact import Artifact, typical_windows
 from inference.engine import Engine
+from schemas.errors import ConfigError
 
 _MIN_CALLS = 5
 _WARM_UP_CALLS = 3
@@ -77,6 +78,31 @@ def _one_call_s(engine: Engine, windows: NDArray[np.float32]) -> float:
     begun_s = time.perf_counter()
     engine.infer(windows)
     return time.perf_counter() - begun_s
+
+
+def plot_timings(timings: Sequence[Timing], title: str, path: Path) -> None:
+    """Draws latency and throughput by windows in a call. Raises ConfigError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "a plot needs matplotlib; install it with `pip install matplotlib`, or ask for --csv"
+        ) from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    calls = figure.subplots()
+    sizes = [one.num_windows for one in timings]
+    calls.plot(sizes, [one.p50_ms for one in timings], "o-", color="tab:blue", label="p50")
+    calls.plot(sizes, [one.p99_ms for one in timings], "o--", color="tab:blue", label="p99")
+    calls.set(yscale="log", xlabel="windows in a call", ylabel="ms a call")
+    calls.set_xscale("log", base=2)
+    rates = calls.twinx()
+    label = "windows/s (right)"
+    rates.plot(sizes, [one.windows_per_s for one in timings], "s-", color="tab:orange", label=label)
+    rates.set(ylabel="windows/s", ylim=(0, None))
+    lines = [*calls.get_lines(), *rates.get_lines()]
+    calls.legend(lines, [str(line.get_label()) for line in lines], loc="upper left")
+    calls.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def caption(engine: Engine, artifact: Artifact) -> dict[str, object]:

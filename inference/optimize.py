@@ -70,6 +70,7 @@ def optimize(
     device: Device = "auto",
     num_threads: int = 1,
     max_batch: int = 256,
+    gpu_memory_fraction: float = 1.0,
     max_error: float = DEFAULT_MAX_ERROR,
     prune_amount: float = 0.0,
     on_step: Callable[[Step], None] = lambda _: None,
@@ -92,7 +93,13 @@ def optimize(
             "optimise the fp32 artifact that it was made from"
         )
     kind = resolve_device(device).type
-    load = partial(Engine, device=device, num_threads=num_threads, max_batch=max_batch)
+    load = partial(
+        Engine,
+        device=device,
+        num_threads=num_threads,
+        max_batch=max_batch,
+        gpu_memory_fraction=gpu_memory_fraction,
+    )
     best = artifact.as_variant(cuda_graphs=False)
     judge = _Judge(best, load, max_error, sizes=sorted({1, min(32, max_batch), max_batch}))
     steps: list[Step] = []

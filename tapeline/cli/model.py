@@ -62,6 +62,9 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(help="For each size.")] = 1.0,
     csv: Annotated[Path | None, typer.Option(help="Write the table there as well.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it there as well, PNG or SVG; needs matplotlib.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Time the engine's calls by batch size on this machine: numpy in, numpy out.
@@ -70,7 +73,7 @@ def bench(
     """
     from rich.progress import track
 
-    from inference.bench import caption, time_calls
+    from inference.bench import caption, plot_timings, time_calls
     from inference.engine import build_engine
 
     settings = given_settings(ctx).model
@@ -87,6 +90,8 @@ def bench(
         ]
         csv.write_text("\n".join(["windows,p50_ms,p99_ms,windows_per_s", *rows]) + "\n")
     about = caption(engine, model) | {"threads": settings.num_threads}
+    if plot:
+        plot_timings(timings, ", ".join(f"{key} {one}" for key, one in about.items()), plot)
     if json:
         print_json(about | {"timings": timings})
         return
@@ -127,6 +132,7 @@ def optimize(
             device=settings.device,
             num_threads=settings.num_threads,
             max_batch=settings.max_batch,
+            gpu_memory_fraction=settings.gpu_memory_fraction,
             max_error=max_error,
             prune_amount=prune,
             on_step=lambda step: console.print(f"{step.change}: {step.why}", highlight=False),

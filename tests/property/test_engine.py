@@ -296,3 +296,19 @@ def test_settings_choose_the_model(tmp_path: Path) -> None:
         load_engine(ModelSettings(artifact=tmp_path / "model"), WindowSettings(num_steps=20))
     with pytest.raises(ConfigError, match="no seeded weights for channel set 'mine-v1'"):
         load_engine(ModelSettings(), WindowSettings(channel_set="mine-v1"))
+
+
+# The ceiling.
+
+
+def test_a_bucket_that_takes_too_long_is_not_used_and_callers_are_told() -> None:
+    artifact = seeded_artifact(
+        config=ModelConfig(conv_channels=(4,), lstm_hidden=16, lstm_layers=1, num_features=8)
+    )
+    free = Engine(artifact, device="cpu", max_batch=32)
+    assert free.describe().max_batch is None, "nothing larger was tried"
+    bound = Engine(artifact, device="cpu", max_batch=32, max_call_s=1e-9)
+    assert [one.num_rows for one in bound.statistics().buckets] == [4]
+    assert bound.describe().max_batch == 4
+    windows = np.random.default_rng(0).normal(size=(11, 50, 60)).astype(np.float32)
+    assert bound.infer(windows).features.tobytes() == free.infer(windows).features.tobytes()

@@ -188,11 +188,14 @@ def test_a_model_is_inspected_timed_and_optimised(tmp_path: Path) -> None:
     assert "random" in facts["card"]
 
     arguments = ["--size", "1", "--size", "6", "--seconds", "0", "--csv", "table.csv", "--json"]
+    arguments += ["--plot", "plot.png"]
     timed = run_cli("model", "bench", *arguments, folder=tmp_path, environment=small)
     assert timed.returncode == 0, timed.stderr
     assert [one["num_windows"] for one in json.loads(timed.stdout)["timings"]] == [1, 6]
     assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("windows,p50_ms")
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     arguments = ["model", "optimize", "fast", "--max-error", "1e-9", "--json"]
     tried = run_cli(*arguments, folder=tmp_path, environment=small)
