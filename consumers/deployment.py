@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from consumers.capacity import CapacityMeter
 from consumers.dedup import open_first_seen
-from consumers.identity import replica_name
+from consumers.identity import claimed_name, replica_name
 from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
 from inference.client import ServeInferencer
 from inference.redeploy import with_version
+from schemas.autoscale import CAPACITY_METRIC
 from schemas.live import fixed_version, live_part, with_live_part
 from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
@@ -38,17 +42,28 @@ class StreamWorker:
         configure_logging()
         pin_process("worker.cpu_affinity", settings.worker.cpu_affinity)
         self._settings = settings
+        self._name = ExitStack()  # lets go of a claimed one
         self._first_seen = await open_first_seen(settings.redis)
-        rank = serve.get_replica_context().rank
+        self._capacity = CapacityMeter()
+        name = self._claim_name()
         self._worker = Worker(
             settings,
             ServeInferencer(model),
             self._first_seen,
-            instance_id=replica_name(settings, rank.rank if rank else 0),
+            instance_id=name,
             num_replicas=settings.model.num_replicas,
         )
         spare_what_is_loaded()
         self._running = asyncio.create_task(self._worker.run())
+
+    def _claim_name(self) -> str | None:
+        """Its rank's, which a replacement has again; where their number changes Serve hands ranks
+        on to replicas that run already, so there it is a slot of the machine.
+        """
+        if not self._settings.autoscale.enabled:
+            rank = serve.get_replica_context().rank
+            return replica_name(self._settings, rank.rank if rank else 0)
+        return self._name.enter_context(claimed_name(self._settings))
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve calls it at the start, and when an application is deployed again whose shares,
@@ -74,6 +89,16 @@ class StreamWorker:
         """Of the one replica that answers."""
         return self._worker.statistics()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the autoscaling policy: events a second that this worker could do."""
+        statistics = self._worker.statistics()
+        num_records = sum(lane.records for lane in statistics.lanes.values())
+        self._capacity.observe(num_records, time.process_time())
+        per_s = self._capacity.per_s(
+            in_flight=self._settings.worker.max_in_flight, service_s=statistics.service_s
+        )
+        return {CAPACITY_METRIC: per_s or 0.0}
+
     async def drain(self) -> WorkerStatistics:
         """Finishes what is in flight, commits, leaves the group; the last statistics.
 
@@ -88,15 +113,23 @@ class StreamWorker:
         if hasattr(self, "_running") and not self._running.done():
             await self.drain()
             await self._first_seen.close()
+            self._name.close()
 
 
-def build_worker_deployment(settings: Settings, model: Application) -> Application:
-    """The Serve application of worker and model, ready for ``serve.run``."""
+def build_worker_deployment(
+    settings: Settings, model: Application, *, autoscaling: dict[str, Any] | None = None
+) -> Application:
+    """The Serve application of worker and model, ready for ``serve.run``.
+
+    Args:
+        autoscaling: Serve's ``autoscaling_config``, instead of ``serve.num_workers``.
+    """
     drain_s = settings.worker.drain_timeout_s + 2 * settings.kafka.timeout_s
     as_deployment = serve.deployment(
         name=DEPLOYMENT_NAME,
         user_config=live_part(settings),
-        num_replicas=settings.serve.num_workers,
+        num_replicas=None if autoscaling else settings.serve.num_workers,
+        autoscaling_config=autoscaling,
         graceful_shutdown_timeout_s=drain_s + 10,
         ray_actor_options={"num_cpus": settings.serve.worker_num_cpus},
         logging_config={"enable_access_log": False},

@@ -1,6 +1,7 @@
 """The model on Ray Serve: one call carries a whole micro-batch."""
 
 import asyncio
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from inference.client import Inference, ModelDescription, engine_thread
 from inference.engine import EngineStatistics
 from inference.hosted import host_models
 from inference.redeploy import with_version
+from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
 from schemas.pauses import spare_what_is_loaded
 from schemas.settings import ModelSettings, ServeSettings, WindowSettings
@@ -53,6 +55,12 @@ class FeatureModel:
         """Of the one replica that answers."""
         return self._models.statistics()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the autoscaling policy: windows a second of this replica."""
+        bucket_s = self._models.describe().bucket_s
+        best = max((size / seconds for size, seconds in bucket_s.items() if seconds), default=0.0)
+        return {CAPACITY_METRIC: best}
+
     async def check_health(self) -> None:
         """Runs the reference windows: raises, and so has the replica replaced, if they come out
         wrong or the device no longer answers. A few milliseconds, every ten seconds.
@@ -68,6 +76,7 @@ def build_model_deployment(
     window: WindowSettings | None = None,
     max_ongoing_requests: int = 4,
     version: str | None = None,
+    autoscaling: dict[str, Any] | None = None,
 ) -> Application:
     """The Serve application of the model, ready for ``serve.run`` or for binding into a worker.
 
@@ -75,6 +84,7 @@ def build_model_deployment(
         max_ongoing_requests: micro-batches at one replica, queued or computed. A few hide the way
             there and back; more only hide from Serve which replica is busy.
         version: deployed again under the same one, its replicas live on; none: they start again.
+        autoscaling: Serve's ``autoscaling_config``, instead of ``model.num_replicas``.
 
     Raises ConfigError when CUDA is asked for without a share of a GPU: Ray would hide every GPU.
     """
@@ -90,7 +100,8 @@ def build_model_deployment(
     )
     as_deployment = serve.deployment(
         name=DEPLOYMENT_NAME,
-        num_replicas=settings.num_replicas,
+        num_replicas=None if autoscaling else settings.num_replicas,
+        autoscaling_config=autoscaling,
         max_ongoing_requests=max_ongoing_requests,
         ray_actor_options={
             "num_cpus": serve_settings.model_num_cpus,

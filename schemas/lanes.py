@@ -45,6 +45,12 @@ class LaneSettings(Section):
     cache: bool = Field(
         False, description="Takes features of windows seen before from the cache; for backfills."
     )
+    drain_target_s: float | None = Field(
+        None,
+        gt=0,
+        description="In which time the autoscaler wants the lane's lag worked off; none: "
+        "`autoscale.drain_target_s`.",
+    )
     max_queued_records: int = Field(
         4096, ge=1, description="Waiting in a worker; then the lane is paused until half are left."
     )

@@ -22,6 +22,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from schemas.autoscale import AutoscaleSettings
 from schemas.errors import ConfigError
 from schemas.guard import GuardSettings
 from schemas.http import HttpSettings
@@ -258,6 +259,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     serve: ServeSettings = ServeSettings()
     http: HttpSettings = HttpSettings()
+    autoscale: AutoscaleSettings = AutoscaleSettings()
     metrics: MetricsSettings = MetricsSettings()
     state_dir: Path = Field(Path(".tapeline"), description="What `tapeline up` keeps.")
 

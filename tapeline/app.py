@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -26,6 +26,8 @@ from tapeline.clients import check_kafka
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+    from tapeline.autoscale.policy import Role
 
 _EXIT_GRACE_S = 5.0
 
@@ -142,8 +144,36 @@ class ServeApplication:
             settings.serve,
             window=settings.window,
             version=fixed_version(settings),
+            autoscaling=self._autoscaling("replicas"),
         )
-        self._run(build_worker_deployment(settings, model), self._name, None)
+        worker = build_worker_deployment(settings, model, autoscaling=self._autoscaling("workers"))
+        self._run(worker, self._name, None)
+
+    def _autoscaling(self, role: "Role") -> "dict[str, Any] | None":
+        """Serve's configuration of an autoscaled deployment: bounds and policy are ours, and what
+        Serve would add to a policy's answer, delays above all, is off.
+        """
+        settings = self._settings.autoscale
+        if not settings.enabled:
+            return None
+        from ray.serve.config import AutoscalingPolicy
+
+        from tapeline.autoscale.policy import policy_settings
+
+        policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+            policy_function="tapeline.autoscale.policy:LagPolicy",
+            policy_kwargs={"settings": policy_settings(self._settings), "role": role},
+        )
+        return {
+            "min_replicas": getattr(settings, f"min_{role}"),
+            "max_replicas": getattr(settings, f"max_{role}"),
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
+            "downscale_to_zero_delay_s": 0,
+            "look_back_period_s": max(10.0, 2 * settings.period_s),
+            "metrics_interval_s": settings.period_s,
+            "policy": policy,
+        }
 
     def _run(self, application: "Application", name: str, route_prefix: str | None) -> None:
         from ray import serve

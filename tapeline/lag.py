@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from confluent_kafka import Consumer, TopicPartition
 
@@ -32,60 +34,91 @@ class PartitionLag:
     lag: int
 
 
+class LagReader:
+    """Asks again and again, over the same connections. Close it.
+
+    A lane's commits are asked for by a consumer that never joins the group: the AdminClient's way
+    to ask crashes the process while the group's coordinator is on its way (librdkafka issue 5040).
+
+    Raises ConfigError: no broker answers, or a lane's topic does not exist.
+    """
+
+    def __init__(self, settings: Settings, lanes: Sequence[LaneSettings] | None = None) -> None:
+        self._settings = settings
+        self._lanes = settings.active_lanes if lanes is None else lanes
+        found = check_kafka(settings, [lane.topic for lane in self._lanes])
+        self._num_partitions = {lane.name: found[lane.topic] for lane in self._lanes}
+        self._admin = make_admin(settings)
+        self._consumers = {lane.name: self._consumer(lane) for lane in self._lanes}
+
+    def read(self) -> list[PartitionLag]:
+        """Every partition of the lanes, first rank first.
+
+        Blocks for some milliseconds a lane, or until kafka.timeout_s. Raises TransientError: the
+        broker does not answer this.
+        """
+        partitions = [
+            TopicPartition(lane.topic, partition)
+            for lane in self._lanes
+            for partition in range(self._num_partitions[lane.name])
+        ]
+        first = list_offsets(self._admin, self._settings, partitions, latest=False)
+        end = list_offsets(self._admin, self._settings, partitions, latest=True)
+        lags = []
+        for lane in self._lanes:
+            commits = self._commits(lane)
+            for partition in range(self._num_partitions[lane.name]):
+                where = (lane.topic, partition)
+                committed, replay_from = commits.get(partition, (None, None))
+                begin = first[where] if committed is None else max(committed, first[where])
+                lag = max(0, end[where] - begin)
+                lags.append(
+                    PartitionLag(lane.name, *where, committed, replay_from, end[where], lag)
+                )
+        return lags
+
+    def close(self) -> None:
+        for consumer in self._consumers.values():
+            consumer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _consumer(self, lane: LaneSettings) -> Consumer:
+        required = {"group.id": lane.group, "enable.auto.commit": False}
+        consumer: Consumer = make_client(Consumer, client_config(self._settings, required=required))
+        return consumer
+
+    def _commits(self, lane: LaneSettings) -> dict[int, tuple[int, int]]:
+        """Partition to (committed offset, replay offset), where the lane's group has committed."""
+        partitions = [
+            TopicPartition(lane.topic, partition)
+            for partition in range(self._num_partitions[lane.name])
+        ]
+        timeout_s = self._settings.kafka.timeout_s
+        committed = ask_broker(
+            lambda: self._consumers[lane.name].committed(partitions, timeout=timeout_s),
+            f"what group {lane.group} has committed",
+            self._settings,
+        )
+        return {
+            one.partition: (one.offset, decode_metadata(one.metadata, one.offset))
+            for one in committed
+            if one.offset >= 0
+        }
+
+
 def lane_lags(
     settings: Settings, lanes: Sequence[LaneSettings] | None = None
 ) -> list[PartitionLag]:
-    """Every partition of the lanes (all enabled ones), first rank first.
-
-    Blocks for some milliseconds a lane, or until kafka.timeout_s.
-
-    Raises:
-        ConfigError: no broker answers, or a lane's topic does not exist.
-        TransientError: the broker answers, but not this.
-    """
-    lanes = settings.active_lanes if lanes is None else lanes
-    num_partitions = check_kafka(settings, [lane.topic for lane in lanes])
-    partitions = [
-        TopicPartition(lane.topic, partition)
-        for lane in lanes
-        for partition in range(num_partitions[lane.topic])
-    ]
-    admin = make_admin(settings)
-    first = list_offsets(admin, settings, partitions, latest=False)
-    end = list_offsets(admin, settings, partitions, latest=True)
-    lags = []
-    for lane in lanes:
-        commits = _commits(settings, lane, num_partitions[lane.topic])
-        for partition in range(num_partitions[lane.topic]):
-            where = (lane.topic, partition)
-            committed, replay_from = commits.get(partition, (None, None))
-            begin = first[where] if committed is None else max(committed, first[where])
-            lag = max(0, end[where] - begin)
-            lags.append(PartitionLag(lane.name, *where, committed, replay_from, end[where], lag))
-    return lags
-
-
-def _commits(
-    settings: Settings, lane: LaneSettings, num_partitions: int
-) -> dict[int, tuple[int, int]]:
-    """Partition to (committed offset, replay offset), where the lane's group has committed.
-
-    Asked by a consumer that never joins the group: the AdminClient's way to ask crashes the process
-    while the group's coordinator is on its way (librdkafka issue 5040).
-    """
-    required = {"group.id": lane.group, "enable.auto.commit": False}
-    consumer: Consumer = make_client(Consumer, client_config(settings, required=required))
-    partitions = [TopicPartition(lane.topic, partition) for partition in range(num_partitions)]
-    try:
-        committed = ask_broker(
-            lambda: consumer.committed(partitions, timeout=settings.kafka.timeout_s),
-            f"what group {lane.group} has committed",
-            settings,
-        )
-    finally:
-        consumer.close()
-    return {
-        one.partition: (one.offset, decode_metadata(one.metadata, one.offset))
-        for one in committed
-        if one.offset >= 0
-    }
+    """Every partition of the lanes (all enabled ones), once. See ``LagReader``."""
+    with LagReader(settings, lanes) as reader:
+        return reader.read()

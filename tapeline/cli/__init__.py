@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from schemas.errors import ConfigError, TapelineError
-from tapeline.cli import audit, dlq, features, lag, model, stack, stream, tape
+from tapeline.cli import audit, autoscale, dlq, features, lag, model, stack, stream, tape
 from tapeline.cli.terminal import GlobalOptions
 
 
@@ -51,6 +51,7 @@ _COMMANDS: list[Callable[..., None]] = [
 ]
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(autoscale.app, name="autoscale")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(model.app, name="model")
 
