@@ -39,6 +39,11 @@ class Admission:
         """Micro-batches at the model, at work or waiting."""
         return len(self._calls)
 
+    def share(self, num_replicas: int) -> None:
+        """So many replicas from now on, for this and for the service times."""
+        self._num_replicas = num_replicas
+        self._service_times.share(num_replicas)
+
     def begin(self, num_windows: int, now_s: float) -> Call:
         """Notes a call, on any clock that only goes forward; ``end`` it whatever becomes of it."""
         call = Call(num_windows, now_s if len(self._calls) < self._num_replicas else None)

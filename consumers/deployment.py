@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
@@ -27,6 +28,7 @@ from schemas.placement import pin_process
 from schemas.settings import Settings
 
 DEPLOYMENT_NAME = "worker"
+MODEL_NAME = "model"  # the deployment that it calls; see inference.deployment
 
 
 class StreamWorker:
@@ -55,6 +57,8 @@ class StreamWorker:
         )
         spare_what_is_loaded()
         self._running = asyncio.create_task(self._worker.run())
+        if settings.autoscale.enabled:
+            self._following = asyncio.create_task(self._follow_replicas())
 
     def _claim_name(self) -> str | None:
         """Its rank's, which a replacement has again; where their number changes Serve hands ranks
@@ -64,6 +68,26 @@ class StreamWorker:
             rank = serve.get_replica_context().rank
             return replica_name(self._settings, rank.rank if rank else 0)
         return self._name.enter_context(claimed_name(self._settings))
+
+    async def _follow_replicas(self) -> None:
+        """Tells the worker its share of the model's replicas, as their number changes."""
+        while True:
+            await asyncio.sleep(self._settings.autoscale.period_s)
+            with suppress(RuntimeError, RayError):  # the controller is away: next time
+                replicas, workers = await asyncio.to_thread(self._count_running)
+                self._worker.share_model(max(1, -(-replicas // max(workers, 1))))
+
+    def _count_running(self) -> tuple[int, int]:
+        application = serve.status().applications[self._settings.serve.app_name]
+        model, worker = (
+            sum(
+                number
+                for state, number in application.deployments[name].replica_states.items()
+                if state == "RUNNING"
+            )
+            for name in (MODEL_NAME, DEPLOYMENT_NAME)
+        )
+        return model, worker
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve calls it at the start, and when an application is deployed again whose shares,
@@ -110,6 +134,8 @@ class StreamWorker:
 
     async def __del__(self) -> None:
         """Serve awaits this when it stops a replica; a constructor that failed left no loop."""
+        if hasattr(self, "_following"):
+            self._following.cancel()
         if hasattr(self, "_running") and not self._running.done():
             await self.drain()
             await self._first_seen.close()
@@ -124,6 +150,8 @@ def build_worker_deployment(
     Args:
         autoscaling: Serve's ``autoscaling_config``, instead of ``serve.num_workers``.
     """
+    # A replica's working directory is not the user's.
+    settings = settings.model_copy(update={"state_dir": settings.state_dir.absolute()})
     drain_s = settings.worker.drain_timeout_s + 2 * settings.kafka.timeout_s
     as_deployment = serve.deployment(
         name=DEPLOYMENT_NAME,

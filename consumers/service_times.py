@@ -36,6 +36,10 @@ class ServiceTimes:
         self._seen_s: dict[int, float] = {}
         self._estimates: dict[int, float] = {}
 
+    def share(self, num_replicas: int) -> None:
+        """So many replicas from now on."""
+        self._ended_s = deque(self._ended_s, maxlen=num_replicas)
+
     def expect(self, measured_s: Mapping[int, float]) -> None:
         """Takes seconds by bucket as the engine measured them.
 

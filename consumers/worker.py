@@ -216,6 +216,10 @@ class Worker:
         )
         self._guard.configure(max_batch)
 
+    def share_model(self, num_replicas: int) -> None:
+        """Says on how many micro-batches of this worker the model works at once from now on."""
+        self._admission.share(num_replicas)
+
     def stop(self) -> None:
         """Asks ``run`` to end; returns at once."""
         self._stopping.set()

@@ -1,5 +1,6 @@
 """How far the workers of each lane are behind, asked of the broker."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,6 +41,9 @@ class LagReader:
     A lane's commits are asked for by a consumer that never joins the group: the AdminClient's way
     to ask crashes the process while the group's coordinator is on its way (librdkafka issue 5040).
 
+    Attributes:
+        ended_s: when the last ends were told, on the monotonic clock.
+
     Raises ConfigError: no broker answers, or a lane's topic does not exist.
     """
 
@@ -50,6 +54,7 @@ class LagReader:
         self._num_partitions = {lane.name: found[lane.topic] for lane in self._lanes}
         self._admin = make_admin(settings)
         self._consumers = {lane.name: self._consumer(lane) for lane in self._lanes}
+        self.ended_s = 0.0
 
     def read(self) -> list[PartitionLag]:
         """Every partition of the lanes, first rank first.
@@ -64,6 +69,7 @@ class LagReader:
         ]
         first = list_offsets(self._admin, self._settings, partitions, latest=False)
         end = list_offsets(self._admin, self._settings, partitions, latest=True)
+        self.ended_s = time.monotonic()
         lags = []
         for lane in self._lanes:
             commits = self._commits(lane)

@@ -133,10 +133,14 @@ def settings(make_settings: MakeSettings) -> Settings:
 
 @pytest.fixture(scope="session")
 def ray_runtime(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A Ray of our own with Serve in it, without dashboard; the port of its HTTP proxy."""
+    """A Ray of our own with Serve in it, without dashboard; the port of its HTTP proxy.
+
+    Its processes find the tests' own models.
+    """
     import ray
     from ray import serve
 
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     ray.init(
         address="local",  # never a cluster that happens to run here
         num_cpus=RAY_NUM_CPUS,
@@ -147,6 +151,7 @@ def ray_runtime(request: pytest.FixtureRequest) -> Iterator[int]:
         logging_level=logging.ERROR,
         configure_logging=True,
     )
+    del os.environ["PYTHONPATH"]
     try:
         [port] = free_ports(1)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

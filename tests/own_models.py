@@ -1,5 +1,7 @@
 """Networks as a user would bring them: plain torch, nothing of ours."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,20 @@ class Pooled(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         outputs: Tensor = self.head(torch.relu(self.norm(self.conv(windows))).mean(dim=2))
+        return outputs
+
+
+class Slow(nn.Module):
+    """Takes its time, whatever it is given: a small capacity without a busy processor."""
+
+    def __init__(self, num_in: int, num_out: int, seconds: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(num_in, num_out)
+        self.seconds = seconds
+
+    def forward(self, windows: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        outputs: Tensor = self.head(windows[:, :, -1])
         return outputs
 
 

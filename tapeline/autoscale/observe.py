@@ -13,6 +13,8 @@ from tapeline.autoscale.rules import LaneLoad
 from tapeline.lag import LagReader, PartitionLag
 
 _RATE_WEIGHT = 0.4  # of the newest difference
+_observers: dict[str, "Observer"] = {}
+_observers_lock = threading.Lock()
 _log = structlog.get_logger(__name__)
 
 
@@ -65,7 +67,7 @@ class LoadMeter:
         before = self._ends.get(where)
         self._ends[where] = one.end
         if before is None or not passed_s or one.end < before:
-            self._rates[where] = 0.0
+            self._rates.pop(where, None)
             return 0.0
         newest = (one.end - before) / passed_s
         old = self._rates.get(where, newest)
@@ -113,9 +115,10 @@ class Observer:
             begun_s = time.monotonic()
             try:
                 reader = reader or self._connect(self._settings)
-                lanes = self._meter.look(reader.read(), time.monotonic())
+                lags = reader.read()
+                lanes = self._meter.look(lags, reader.ended_s)
                 number = self._last.number + 1 if self._last else 1
-                self._last, self._error = Observation(number, time.monotonic(), lanes), None
+                self._last, self._error = Observation(number, reader.ended_s, lanes), None
             except Exception as error:  # the controller lives on, whatever Kafka's client does
                 self._num_errors += 1
                 self._error = str(error)
@@ -128,3 +131,19 @@ class Observer:
             self._stopping.wait(max(left_s, 0.0))
         if reader is not None:
             reader.close()
+
+
+def observer_of(settings: Settings) -> Observer:
+    """One for all policies of an application; the one of its earlier settings ends."""
+    key = settings.serve.app_name
+    wanted = settings.model_dump_json()
+    with _observers_lock:
+        for name, observer in list(_observers.items()):
+            app_name, _, of = name.partition("\n")
+            if app_name == key:
+                if of == wanted:
+                    return observer
+                del _observers[name]
+                threading.Thread(target=observer.stop, daemon=True).start()
+        observer = _observers[f"{key}\n{wanted}"] = Observer(settings)
+        return observer

@@ -2,9 +2,10 @@
 
 A policy that raises stops the controller's tick, and one that blocks holds up every deployment: so
 these only read what a thread has seen, and hold the last target whenever anything is wrong.
+
+Serve pickles this module by value: nothing in it may be a lock, or be shared.
 """
 
-import threading
 import time
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import structlog
 
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.settings import Settings
-from tapeline.autoscale.observe import Observation, Observer
+from tapeline.autoscale.observe import Observation, observer_of
 from tapeline.autoscale.rules import (
     Bounds,
     Decision,
@@ -25,8 +26,6 @@ from tapeline.autoscale.trace import Entry, record, trace_path
 
 Role = Literal["workers", "replicas"]
 _log = structlog.get_logger(__name__)
-_observers: dict[str, Observer] = {}
-_observers_lock = threading.Lock()
 
 
 class LagPolicy:
@@ -40,7 +39,7 @@ class LagPolicy:
     def __init__(self, settings: dict[str, Any], role: Role) -> None:
         self._settings = Settings.model_validate(settings)
         self._role = role
-        self._observer = _observer_of(self._settings)
+        self._observer = observer_of(self._settings)
         self._path = trace_path(self._settings)
         self._seen = 0
         self._held: str | None = None
@@ -131,22 +130,6 @@ def policy_settings(settings: Settings) -> dict[str, Any]:
     """
     autoscale = settings.autoscale.model_copy(update={"trace": trace_path(settings).absolute()})
     return settings.model_copy(update={"autoscale": autoscale}).model_dump(mode="json")
-
-
-def _observer_of(settings: Settings) -> Observer:
-    """One for all policies of an application; the one of its earlier settings ends."""
-    key = settings.serve.app_name
-    wanted = settings.model_dump_json()
-    with _observers_lock:
-        for name, observer in list(_observers.items()):
-            app_name, _, of = name.partition("\n")
-            if app_name == key:
-                if of == wanted:
-                    return observer
-                del _observers[name]
-                threading.Thread(target=observer.stop, daemon=True).start()
-        observer = _observers[f"{key}\n{wanted}"] = Observer(settings)
-        return observer
 
 
 def _gauges() -> dict[str, Any]:

@@ -137,8 +137,10 @@ def _decide(
     rate, lag = sum(lane.rate for lane in lanes), sum(lane.lag for lane in lanes)
     spare = current * capacity - rate
     lag_s = 0.0 if not lag else lag / spare if spare > 0 else math.inf
-    work = _work(lanes, max(0.0, spare) * bounds.start_s)
+    work = _work(lanes, capacity, current, bounds.start_s)
     wanted = math.ceil(work / planned - 1e-9)
+    while wanted < current and _work(lanes, capacity, wanted, bounds.start_s) > planned * wanted:
+        wanted += 1  # fewer would not work off the lag that all do
     most = min(bounds.most, useful)
     passed_s = 0.0 if memory.now_s is None else max(0.0, now_s - memory.now_s)
     is_idle = not rate and not lag
@@ -173,10 +175,11 @@ def _decide(
     return decide(current, why), replace(memory, waste_s=waste_s, enough=enough)
 
 
-def _work(lanes: Sequence[LaneLoad], cleared: float) -> float:
-    """Records a second, without the lag that is cleared before help arrives: the most urgent
-    lane's first.
+def _work(lanes: Sequence[LaneLoad], capacity: float, number: int, start_s: float) -> float:
+    """Records a second that so many would have to do, without the lag that they clear before help
+    can arrive: the most urgent lane's first.
     """
+    cleared = max(0.0, number * capacity - sum(lane.rate for lane in lanes)) * start_s
     work = 0.0
     for lane in sorted(lanes, key=lambda lane: lane.drain_target_s):
         left = max(0.0, lane.lag - cleared)

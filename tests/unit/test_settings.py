@@ -154,7 +154,7 @@ def test_unknown_lane_name_is_refused_with_a_suggestion() -> None:
             "kafka: unknown setting 'bootstrap_server'; did you mean 'bootstrap_servers'?",
         ),
         ("lanes.realtime.stribe = 2", "lanes.realtime: unknown setting 'stribe'; did you mean 'st"),
-        ("zzz = 1", "unknown setting 'zzz'; known are cache, guard, http"),
+        ("zzz = 1", "unknown setting 'zzz'; known are autoscale, cache"),
         ("kafka = 3", "kafka: Input should be a valid dictionary"),
         ("lanes = 3", "lanes: Input should be a valid dictionary"),
         ("lanes.realtime = 3", "lanes.realtime: Input should be"),
