@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,7 +18,7 @@ from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
 from inference.client import LocalInferencer, engine_thread
 from schemas.errors import ConfigError
-from schemas.live import demand_only_live, fixed_version
+from schemas.live import demand_only_live
 from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
 from schemas.settings import Settings
@@ -26,8 +26,6 @@ from tapeline.clients import check_kafka
 
 if TYPE_CHECKING:
     from ray.serve import Application
-
-    from tapeline.autoscale.policy import Role
 
 _EXIT_GRACE_S = 5.0
 
@@ -135,45 +133,9 @@ class ServeApplication:
             self._run(build_http_deployment(self._settings), self._http_name, "/")
 
     def _deploy_stream(self) -> None:
-        from consumers.deployment import build_worker_deployment
-        from inference.deployment import build_model_deployment
+        from tapeline.serving import build_application
 
-        settings = self._settings
-        model = build_model_deployment(
-            settings.model,
-            settings.serve,
-            window=settings.window,
-            version=fixed_version(settings),
-            autoscaling=self._autoscaling("replicas"),
-        )
-        worker = build_worker_deployment(settings, model, autoscaling=self._autoscaling("workers"))
-        self._run(worker, self._name, None)
-
-    def _autoscaling(self, role: "Role") -> "dict[str, Any] | None":
-        """Serve's configuration of an autoscaled deployment: bounds and policy are ours, and what
-        Serve would add to a policy's answer, delays above all, is off.
-        """
-        settings = self._settings.autoscale
-        if not settings.enabled:
-            return None
-        from ray.serve.config import AutoscalingPolicy
-
-        from tapeline.autoscale.policy import policy_settings
-
-        policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
-            policy_function="tapeline.autoscale.policy:LagPolicy",
-            policy_kwargs={"settings": policy_settings(self._settings), "role": role},
-        )
-        return {
-            "min_replicas": getattr(settings, f"min_{role}"),
-            "max_replicas": getattr(settings, f"max_{role}"),
-            "upscale_delay_s": 0,
-            "downscale_delay_s": 0,
-            "downscale_to_zero_delay_s": 0,
-            "look_back_period_s": max(10.0, 2 * settings.period_s),
-            "metrics_interval_s": settings.period_s,
-            "policy": policy,
-        }
+        self._run(build_application(self._settings), self._name, None)
 
     def _run(self, application: "Application", name: str, route_prefix: str | None) -> None:
         from ray import serve

@@ -62,3 +62,16 @@ def test_a_failed_call_is_forgotten() -> None:
     one = admission()
     one.end(one.begin(8, 1.0), 1.001)
     assert one.wait_s(4, 1.001) == 0
+
+
+def test_more_replicas_leave_more_room_and_fewer_less() -> None:
+    shared = admission()
+    first, second = shared.begin(4, 1.0), shared.begin(8, 1.0)
+    assert shared.wait_s(4, 1.0) == pytest.approx(0.030)
+    shared.share(3)
+    assert shared.wait_s(4, 1.0) == 0
+    shared.share(1)
+    assert shared.wait_s(4, 1.0) > 0
+    shared.end(first, 1.010)
+    shared.end(second, 1.030)
+    assert shared.wait_s(4, 1.030) == 0

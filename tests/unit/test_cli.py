@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from schemas.errors import ConfigError
 from schemas.messages import Flags
+from tapeline.autoscale.rules import Decision, LaneLoad
+from tapeline.autoscale.trace import Entry, record
 from tapeline.cli.features import flag_names, percentiles
 from tapeline.cli.tape import parse_mix
 
@@ -204,6 +206,32 @@ def test_a_model_is_inspected_timed_and_optimised(tmp_path: Path) -> None:
     assert [one["kept"] for one in report["steps"]] == [False], "no variant is as exact as that"
     assert report["written"] is None
     assert not (tmp_path / "fast").exists()
+
+
+def test_scaling_is_explained_and_replayed(tmp_path: Path) -> None:
+    none = run_cli("autoscale", "explain", folder=tmp_path)
+    assert_one_sentence(none, naming="autoscale.enabled")
+
+    lane = LaneLoad("realtime", 100.0, 50, 10, 4)
+    why = "up: 105/s to do, 1 x 80/s planned"
+    decision = Decision(2, 2, 1, 105.0, 100.0, 5.0, why)
+    trace = tmp_path / ".tapeline" / "autoscale.jsonl"
+    for at_s in (100.0, 160.0):
+        record(trace, Entry(at_s, "workers", 1, (lane,), decision))
+        record(trace, Entry(at_s, "replicas", 1, (), None, held="no broker answers"))
+    told = run_cli("autoscale", "explain", folder=tmp_path, environment={"COLUMNS": "200"})
+    assert told.returncode == 0, told.stderr
+    for part in ("realtime", why, "held: no broker answers"):
+        assert part in told.stdout
+    as_json = json.loads(run_cli("autoscale", "explain", "--json", folder=tmp_path).stdout)
+    assert as_json["workers"]["decision"]["why"] == why
+
+    played = run_cli(
+        "autoscale", "replay", str(trace), "--plot", "plot.png", "--json", folder=tmp_path
+    )
+    assert played.returncode == 0, played.stderr
+    assert len(json.loads(played.stdout)) == 3, "one for each scaler"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:

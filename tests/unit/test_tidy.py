@@ -17,6 +17,7 @@ MAY_IMPORT_RAY = {
     "consumers/deployment.py",
     "inference/deployment.py",
     "tapeline/http/deployment.py",
+    "tapeline/serving.py",
 }
 
 
