@@ -140,7 +140,8 @@ def ray_runtime(request: pytest.FixtureRequest) -> Iterator[int]:
     import ray
     from ray import serve
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [before, str(Path(__file__).parent)]))
     ray.init(
         address="local",  # never a cluster that happens to run here
         num_cpus=RAY_NUM_CPUS,
@@ -151,7 +152,10 @@ def ray_runtime(request: pytest.FixtureRequest) -> Iterator[int]:
         logging_level=logging.ERROR,
         configure_logging=True,
     )
-    del os.environ["PYTHONPATH"]
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
     try:
         [port] = free_ports(1)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

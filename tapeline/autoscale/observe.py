@@ -1,11 +1,10 @@
 """What the lanes ask for, looked at by a thread: whoever decides only reads."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import structlog
 
 from schemas.errors import TapelineError
 from schemas.settings import Settings
@@ -13,9 +12,10 @@ from tapeline.autoscale.rules import LaneLoad
 from tapeline.lag import LagReader, PartitionLag
 
 _RATE_WEIGHT = 0.4  # of the newest difference
+_ABANDONED_AFTER_S = 60.0  # without a question: whoever asked is gone, and Serve does not say so
 _observers: dict[str, "Observer"] = {}
 _observers_lock = threading.Lock()
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger("ray.serve.tapeline")  # it runs in Serve's controller
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,8 @@ class LoadMeter:
 
 
 class Observer:
-    """A thread that looks at the broker every ``autoscale.period_s``, until it is stopped.
+    """A thread that looks at the broker every ``autoscale.period_s``, until it is stopped or nobody
+    asks any more.
 
     What goes wrong is noted and tried again; the last good look stays, and gets older.
     """
@@ -92,13 +93,19 @@ class Observer:
         self._last: Observation | None = None
         self._error: str | None = None
         self._num_errors = 0
+        self._asked_s = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="autoscale-observer", daemon=True)
         self._thread.start()
 
     def latest(self) -> tuple[Observation | None, str | None]:
         """The last good look, and what went wrong since; never blocks."""
+        self._asked_s = time.monotonic()
         return self._last, self._error
+
+    @property
+    def is_looking(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def num_errors(self) -> int:
@@ -113,6 +120,8 @@ class Observer:
         reader: LagReader | None = None
         while not self._stopping.is_set():
             begun_s = time.monotonic()
+            if begun_s - self._asked_s > _ABANDONED_AFTER_S:
+                break
             try:
                 reader = reader or self._connect(self._settings)
                 lags = reader.read()
@@ -122,8 +131,11 @@ class Observer:
             except Exception as error:  # the controller lives on, whatever Kafka's client does
                 self._num_errors += 1
                 self._error = str(error)
-                level = _log.warning if isinstance(error, TapelineError) else _log.exception
-                level("autoscale_cannot_look", error=str(error))
+                _log.warning(
+                    "cannot look at the lanes: %s",
+                    error,
+                    exc_info=not isinstance(error, TapelineError),
+                )
                 if reader is not None:
                     reader.close()
                     reader = None
@@ -141,7 +153,7 @@ def observer_of(settings: Settings) -> Observer:
         for name, observer in list(_observers.items()):
             app_name, _, of = name.partition("\n")
             if app_name == key:
-                if of == wanted:
+                if of == wanted and observer.is_looking:
                     return observer
                 del _observers[name]
                 threading.Thread(target=observer.stop, daemon=True).start()

@@ -6,15 +6,14 @@ these only read what a thread has seen, and hold the last target whenever anythi
 Serve pickles this module by value: nothing in it may be a lock, or be shared.
 """
 
+import logging
 import time
 from dataclasses import asdict
 from typing import Any, Literal
 
-import structlog
-
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.settings import Settings
-from tapeline.autoscale.observe import Observation, observer_of
+from tapeline.autoscale.observe import Observation, Observer, observer_of
 from tapeline.autoscale.rules import (
     Bounds,
     Decision,
@@ -25,7 +24,7 @@ from tapeline.autoscale.rules import (
 from tapeline.autoscale.trace import Entry, record, trace_path
 
 Role = Literal["workers", "replicas"]
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger("ray.serve.tapeline")  # the controller's own log
 
 
 class LagPolicy:
@@ -34,12 +33,15 @@ class LagPolicy:
     Args:
         settings: as JSON; Serve hands keyword arguments on as such.
         role: whose number it is.
+        observer: what has seen the lanes; None: the application's own.
     """
 
-    def __init__(self, settings: dict[str, Any], role: Role) -> None:
+    def __init__(
+        self, settings: dict[str, Any], role: Role, observer: Observer | None = None
+    ) -> None:
         self._settings = Settings.model_validate(settings)
         self._role = role
-        self._observer = observer_of(self._settings)
+        self._observer = observer or observer_of(self._settings)
         self._path = trace_path(self._settings)
         self._seen = 0
         self._held: str | None = None
@@ -50,7 +52,7 @@ class LagPolicy:
         try:
             return self._decide(context)
         except Exception:  # it would end the controller's tick for all deployments
-            _log.exception("autoscale_policy_failed", role=self._role)
+            _log.exception("autoscaling of %s failed", self._role)
             return context.target_num_replicas, dict(context.policy_state or {})
 
     def _decide(self, context: Any) -> tuple[int, dict[str, Any]]:
@@ -97,7 +99,13 @@ class LagPolicy:
 
     def _note(self, decision: Decision, observation: Observation, context: Any) -> None:
         if decision.target != decision.current:
-            _log.info("autoscale", role=self._role, **asdict(decision))
+            _log.info(
+                "%s: from %d to %d: %s",
+                self._role,
+                decision.current,
+                decision.target,
+                decision.why,
+            )
         self._gauges["target"].set(decision.target, {"role": self._role})
         self._gauges["held"].set(0, {"role": self._role})
         self._record(
@@ -112,7 +120,7 @@ class LagPolicy:
         if why == self._held:
             return
         self._held = why
-        _log.warning("autoscale_holds", role=self._role, target=target, why=why)
+        _log.warning("%s stay %d: %s", self._role, target, why)
         self._record(
             Entry(time.time(), self._role, context.current_num_replicas, (), None, held=why)
         )
@@ -121,7 +129,7 @@ class LagPolicy:
         try:
             record(self._path, entry)
         except OSError as error:
-            _log.warning("autoscale_not_recorded", path=str(self._path), error=error.strerror)
+            _log.warning("cannot record decisions in %s: %s", self._path, error.strerror)
 
 
 def policy_settings(settings: Settings) -> dict[str, Any]:

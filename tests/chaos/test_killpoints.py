@@ -3,7 +3,8 @@
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import get_args
 
 import pytest
 
@@ -12,6 +13,8 @@ from chaos.ledger import judge, wait_until_settled
 from chaos.scene import Delivery, Drill, Ground, Scene, open_scene
 
 LONG_S = 60.0
+DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
+_OUTLETS = {"publisher.py", "transactions.py"}  # each is of one delivery alone
 Met = Counter[tuple[Boundary, Side]]
 _MAX_BEFORE = 4  # times that a boundary is passed before it kills
 _OFTEN = 20  # met so often in the census, it is met soon again
@@ -35,8 +38,29 @@ def test_boundaries_are_found_in_the_code() -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+@pytest.mark.parametrize("delivery", DELIVERIES)
 def test_a_worker_may_die_at_every_boundary(ground: Ground, delivery: Delivery) -> None:
+    """Boundaries that both deliveries pass are dealt out between them: each kills once."""
+    _die_everywhere(ground, delivery, _is_dealt_to)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("delivery", DELIVERIES)
+def test_a_worker_may_die_at_every_boundary_in_each(ground: Ground, delivery: Delivery) -> None:
+    _die_everywhere(ground, delivery, lambda *_: True)
+
+
+def _is_dealt_to(delivery: Delivery, boundary: Boundary, side: Side) -> bool:
+    if boundary.file in _OUTLETS:
+        return True
+    turn = boundaries().index(boundary) + (side == "after")
+    return DELIVERIES[turn % len(DELIVERIES)] == delivery
+
+
+def _die_everywhere(
+    ground: Ground, delivery: Delivery, is_wanted: Callable[[Delivery, Boundary, Side], bool]
+) -> None:
     """One worker after another under one load, each killed at one point; one ledger at the end."""
     # A static member: the next worker has the partitions at once, without a session's wait.
     membership = {"group_protocol": "classic", "static_membership": True, "instance_id": "one"}
@@ -48,7 +72,8 @@ def test_a_worker_may_die_at_every_boundary(ground: Ground, delivery: Delivery) 
         assert functions >= _ESSENTIAL[delivery]
         chance = random.Random(1)
         missed = []
-        for boundary, side in sorted(running | stopping):
+        points = [one for one in sorted(running | stopping) if is_wanted(delivery, *one)]
+        for boundary, side in points:
             times = running[boundary, side]
             # What is met once in a start is met once by everyone; the rest, under load.
             passed = chance.randrange(_MAX_BEFORE) if times > _OFTEN else 0
@@ -62,7 +87,7 @@ def test_a_worker_may_die_at_every_boundary(ground: Ground, delivery: Delivery) 
         verdict = judge(scene.settings, intent)
     assert verdict.is_clean, "\n".join(verdict.problems)
     # A boundary is met once or not at all in a run where timing decides, as in a full queue.
-    assert len(missed) <= len(running | stopping) // 10, "\n".join(map(str, missed))
+    assert len(missed) <= len(points) // 10, "\n".join(map(str, missed))
     assert not scene.fleet.failures
 
 

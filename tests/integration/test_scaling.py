@@ -32,7 +32,8 @@ from tapeline.topics import ensure_topics
 
 MakeSettings = Callable[..., Settings]
 NUM_SYMBOLS = 48  # so that no partition has much more than another
-WARM_UP = 62 * NUM_SYMBOLS
+NUM_STEPS = 10
+WARM_UP = 14 * NUM_SYMBOLS
 CALL_S = 0.1  # for 4 windows: 40 a second of one replica
 CALM_HZ = 6
 
@@ -42,7 +43,9 @@ pytestmark = [pytest.mark.usefixtures("ray_runtime"), pytest.mark.timeout(400)]
 @pytest.fixture
 def slow_model(tmp_path: Path) -> Path:
     options = {"num_in": 50, "num_out": 8, "seconds": CALL_S}
-    config = ModelConfig(architecture="own_models:Slow", options=options, num_features=8)
+    config = ModelConfig(
+        architecture="own_models:Slow", options=options, num_features=8, num_steps=NUM_STEPS
+    )
     torch.manual_seed(1)
     network = build_network(config, Normalisation([0.0] * 50, [1.0] * 50))
     artifact = Artifact.from_model(
@@ -69,7 +72,7 @@ class Tape:
     @property
     def num_owed(self) -> int:
         """Features: one for each event with a full window."""
-        return sum(max(0, number - 59) for number in self._by_symbol.values())
+        return sum(max(0, number - NUM_STEPS + 1) for number in self._by_symbol.values())
 
     def send(self, num_events: int) -> None:
         for _ in range(num_events):
@@ -118,6 +121,7 @@ def scaled(make_settings: MakeSettings, slow_model: Path, name: str, **changes: 
     }  # fmt: skip
     return make_settings(
         model={"artifact": slow_model, "max_batch": 4, "device": "cpu"},
+        window={"num_steps": NUM_STEPS},
         worker={"max_batch": 4, "delivery": "exactly_once"},
         lanes={lane: {"enabled": False} for lane in others},
         kafka={"num_partitions": 6},

@@ -15,7 +15,7 @@ from consumers.capacity import CapacityMeter
 from schemas.autoscale import AutoscaleSettings
 from schemas.errors import ConfigError, TransientError
 from schemas.settings import Settings, load_settings
-from tapeline.autoscale import policy as policy_module
+from tapeline.autoscale import observe
 from tapeline.autoscale.observe import LoadMeter, Observation, Observer
 from tapeline.autoscale.policy import LagPolicy, policy_settings
 from tapeline.autoscale.replay import SCALERS, Load, Ours, made_up, play, recorded
@@ -102,6 +102,18 @@ def test_the_last_good_look_stays_whatever_goes_wrong(settings: Settings) -> Non
 _NONE = Observation(0, 0.0, ())
 
 
+def test_an_observer_that_nobody_asks_ends(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its application was deleted: Serve drops a policy without a word."""
+    monkeypatch.setattr(observe, "_ABANDONED_AFTER_S", 0.2)
+    reader = Reader([[at(10, 1)]])
+    observer = Observer(settings, lambda _: reader)  # type: ignore[arg-type,return-value]
+    wait_until(lambda: observer._last, 10, "a look")
+    wait_until(lambda: not observer.is_looking, 10, "its end")
+    assert reader.num_closed == 1
+
+
 # The policy.
 
 
@@ -129,19 +141,18 @@ class Seen:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    seen = Seen()
-    monkeypatch.setattr(policy_module, "observer_of", lambda _: seen)
+def seen() -> Seen:
+    return Seen()
 
-    class Gauge:
-        def set(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(policy_module, "_gauges", lambda: {"target": Gauge(), "held": Gauge()})
-    return seen
+def policy_of(settings: Settings, role: Any, seen: Seen) -> LagPolicy:
+    """As Serve makes it, from JSON."""
+    given = json.loads(json.dumps(policy_settings(settings)))
+    return LagPolicy(given, role, observer=seen)  # type: ignore[arg-type]
 
 
 def test_a_policy_decides_once_a_look_and_remembers(settings: Settings, seen: Seen) -> None:
-    policy = LagPolicy(json.loads(json.dumps(policy_settings(settings))), "workers")
+    policy = policy_of(settings, "workers", seen)
     context = Context(2, {"a": 100.0, "b": 300.0})  # 200 each
     seen.see(1, LaneLoad("realtime", 0.0, 0, 5, 0))
     assert policy(context)[0] == 2, "there are no rates yet"
@@ -162,14 +173,13 @@ def test_a_policy_decides_once_a_look_and_remembers(settings: Settings, seen: Se
 
 def test_capacity_is_assumed_until_it_is_measured(settings: Settings, seen: Seen) -> None:
     seen.see(2, LaneLoad("realtime", 3000.0, 0, 5, 16))
-    given = policy_settings(settings)
-    assert LagPolicy(given, "workers")(Context(1))[0] == 2  # 2000 each
-    assert LagPolicy(given, "replicas")(Context(1))[0] == 4  # 1000 each
+    assert policy_of(settings, "workers", seen)(Context(1))[0] == 2  # 2000 each
+    assert policy_of(settings, "replicas", seen)(Context(1))[0] == 4  # 1000 each
 
 
 @pytest.mark.parametrize("role", ["workers", "replicas"])
 def test_a_policy_holds_when_nothing_is_known(settings: Settings, seen: Seen, role: Any) -> None:
-    policy = LagPolicy(policy_settings(settings), role)
+    policy = policy_of(settings, role, seen)
     for target in (3, 3):
         assert policy(Context(target))[0] == target
     seen.see(5, LaneLoad("realtime", 10.0**6, 0, 5, 16), age_s=1.0)
@@ -180,7 +190,7 @@ def test_a_policy_holds_when_nothing_is_known(settings: Settings, seen: Seen, ro
 
 
 def test_a_policy_never_raises(settings: Settings, seen: Seen) -> None:
-    policy = LagPolicy(policy_settings(settings), "workers")
+    policy = policy_of(settings, "workers", seen)
     seen.see(2, LaneLoad("realtime", float("nan"), 0, 5, 16))
     assert policy(Context(3))[0] == 3
     context = Context(3)
@@ -191,7 +201,7 @@ def test_a_policy_never_raises(settings: Settings, seen: Seen) -> None:
 
 def test_a_trace_that_cannot_be_written_harms_nothing(settings: Settings, seen: Seen) -> None:
     trace_path(settings).mkdir()
-    policy = LagPolicy(policy_settings(settings), "workers")
+    policy = policy_of(settings, "workers", seen)
     seen.see(2, LaneLoad("realtime", 10_000.0, 0, 5, 16))
     assert policy(Context(1))[0] == 7
 
