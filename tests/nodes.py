@@ -77,12 +77,11 @@ def ray_nodes(num_nodes: int, log: Path) -> Iterator[Nodes]:
     try:
         yield Nodes(process)
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
         try:
-            process.wait(_GO_S)
+            process.communicate(timeout=_GO_S)  # its stdin ends, and so does it
         except subprocess.TimeoutExpired:
             process.kill()
+            process.communicate()
 
 
 def _main() -> None:

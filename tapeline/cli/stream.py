@@ -1,7 +1,9 @@
 """``tapeline worker``, ``run`` and ``demo``: the processor itself."""
 
 import signal
+import sys
 import threading
+from contextlib import redirect_stdout
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +57,11 @@ def run(ctx: typer.Context, json: JsonOption = False) -> None:
 
     settings = settings_of(ctx)
     check_surroundings(settings)
-    with err().status("starting Ray") as spinner, ray_session(settings) as address:
+    with (
+        redirect_stdout(sys.stderr),  # what Ray's processes say; the answer is ours alone
+        err().status("starting Ray") as spinner,
+        ray_session(settings) as address,
+    ):
         ended, reloading = _event_of(signal.SIGTERM, signal.SIGINT), _event_of(signal.SIGHUP)
         spinner.update("deploying workers and model")
         application = ServeApplication(settings)
