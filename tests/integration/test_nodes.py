@@ -30,6 +30,7 @@ NUM_EVENTS = 60 * NUM_SYMBOLS + 3_000
 RATE_HZ = 200
 
 
+@pytest.mark.chaos  # long: a cluster of its own
 @pytest.mark.timeout(400)
 def test_a_killed_node_loses_nothing(
     make_settings: MakeSettings, tmp_path: Path, record_property: Callable[[str, object], None]
