@@ -55,6 +55,7 @@ class Publisher:
         config: dict[str, str] = {
             "bootstrap.servers": settings.kafka.bootstrap_servers,
             "partitioner": "murmur2_random",
+            "enable.idempotence": "true",  # else a retry overtakes what was sent after it
         }
         if transactional:
             config["transactional.id"] = uuid.uuid4().hex

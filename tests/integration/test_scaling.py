@@ -164,6 +164,7 @@ def explained(settings: Settings) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.chaos  # long: replicas start one after another on few cores
 def test_a_step_is_followed_up_and_down_and_nothing_is_lost_or_doubled(
     make_settings: MakeSettings, slow_model: Path, tape_of: Callable[[Settings], Tape]
 ) -> None:
