@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from inference.client import best_rate
+
 _MIN_RECORDS = 200  # fewer say nothing
 _WEIGHT = 0.3  # of the newest sample
 
@@ -36,5 +38,5 @@ class CapacityMeter:
         """
         if self._per_s is None:
             return None
-        best = max((size / seconds for size, seconds in service_s.items() if seconds), default=0)
+        best = best_rate(service_s)
         return min(self._per_s, in_flight * best) if best else self._per_s

@@ -20,7 +20,7 @@ from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
 from inference.client import ServeInferencer
-from inference.redeploy import with_version
+from inference.redeploy import MODEL_NAME, with_version
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.live import fixed_version, live_part, with_live_part
 from schemas.pauses import spare_what_is_loaded
@@ -28,7 +28,6 @@ from schemas.placement import pin_process
 from schemas.settings import Settings
 
 DEPLOYMENT_NAME = "worker"
-MODEL_NAME = "model"  # the deployment that it calls; see inference.deployment
 
 
 class StreamWorker:

@@ -54,6 +54,11 @@ class ModelDescription:
     max_batch: int | None = field(default=None, compare=False)
 
 
+def best_rate(bucket_s: Mapping[int, float]) -> float:
+    """Windows a second at the best batch bucket; 0 where none was timed."""
+    return max((size / seconds for size, seconds in bucket_s.items() if seconds), default=0.0)
+
+
 class Inferencer(Protocol):
     """A model that takes whole micro-batches. Calls may overlap; the caller bounds how many."""
 

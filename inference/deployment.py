@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from ray import serve
 from ray.serve import Application
 
-from inference.client import Inference, ModelDescription, engine_thread
+from inference.client import Inference, ModelDescription, best_rate, engine_thread
 from inference.engine import EngineStatistics
 from inference.hosted import host_models
-from inference.redeploy import with_version
+from inference.redeploy import MODEL_NAME, with_version
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
 from schemas.pauses import spare_what_is_loaded
 from schemas.settings import ModelSettings, ServeSettings, WindowSettings
 
-DEPLOYMENT_NAME = "model"
+DEPLOYMENT_NAME = MODEL_NAME
 
 
 class FeatureModel:
@@ -57,9 +57,7 @@ class FeatureModel:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the autoscaling policy: windows a second of this replica."""
-        bucket_s = self._models.describe().bucket_s
-        best = max((size / seconds for size, seconds in bucket_s.items() if seconds), default=0.0)
-        return {CAPACITY_METRIC: best}
+        return {CAPACITY_METRIC: best_rate(self._models.describe().bucket_s)}
 
     async def check_health(self) -> None:
         """Runs the reference windows: raises, and so has the replica replaced, if they come out

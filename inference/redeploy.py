@@ -1,9 +1,11 @@
-"""Deploying again without a restart."""
+"""Deploying again without a restart, and the name that both sides know the model by."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ray.serve import Deployment
+
+MODEL_NAME = "model"
 
 
 def with_version(deployment: "Deployment", version: str | None) -> "Deployment":

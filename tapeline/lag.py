@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from confluent_kafka import Consumer, TopicPartition
 
@@ -87,17 +86,6 @@ class LagReader:
         for consumer in self._consumers.values():
             consumer.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _consumer(self, lane: LaneSettings) -> Consumer:
         required = {"group.id": lane.group, "enable.auto.commit": False}
         consumer: Consumer = make_client(Consumer, client_config(self._settings, required=required))
@@ -126,5 +114,5 @@ def lane_lags(
     settings: Settings, lanes: Sequence[LaneSettings] | None = None
 ) -> list[PartitionLag]:
     """Every partition of the lanes (all enabled ones), once. See ``LagReader``."""
-    with LagReader(settings, lanes) as reader:
+    with closing(LagReader(settings, lanes)) as reader:
         return reader.read()
