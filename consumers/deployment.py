@@ -19,7 +19,7 @@ from consumers.identity import claimed_name, replica_name
 from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
-from inference.client import ServeInferencer
+from inference.remote import ServeInferencer
 from inference.redeploy import MODEL_NAME, with_version
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.live import fixed_version, live_part, with_live_part

@@ -1,18 +1,16 @@
-"""How the stream side reaches a model: one protocol, in process or on Ray Serve.
+"""How the stream side reaches a model: one protocol, and the model in its own process.
 
-Free of torch, and of Ray until a call fails, so that a worker imports nothing that it does not run.
+Free of torch, so that a worker imports nothing that it does not run.
 """
 
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from schemas.errors import TransientError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,97 +135,3 @@ class LocalInferencer:
     async def close(self) -> None:
         """Drops calls that have not begun and waits for the one that has."""
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
-
-
-class ServeInferencer:
-    """A ``FeatureModel`` deployment on Ray Serve, reached through its handle.
-
-    Args:
-        handle: the deployment's ``DeploymentHandle``.
-        timeout_s: of one call, the wait for a free replica included. A late call is cancelled.
-        prepare_timeout_s: of ``prepare``.
-    """
-
-    def __init__(
-        self, handle: Any, *, timeout_s: float = 10.0, prepare_timeout_s: float = 120.0
-    ) -> None:
-        self._handle = handle
-        self._timeout_s = timeout_s
-        self._prepare_timeout_s = prepare_timeout_s
-
-    async def infer(
-        self, windows: NDArray[np.float32], model_version: str | None = None
-    ) -> Inference:
-        inference: Inference = await self._call("infer", windows, model_version)
-        return inference
-
-    async def describe(self) -> ModelDescription:
-        description: ModelDescription = await self._call("describe")
-        return description
-
-    async def prepare(self, versions: tuple[str, ...]) -> ModelDescription:
-        """On every replica there is; one that starts later reads the store itself."""
-        try:
-            described: list[ModelDescription] = await self._handle.broadcast(
-                "prepare", versions
-            ).results_async(timeout_s=self._prepare_timeout_s)
-        except TimeoutError as error:
-            limit_s = self._prepare_timeout_s
-            raise TransientError(f"the model was not ready within {limit_s:g} s") from error
-        except Exception as error:
-            ours = _as_ours(error, "prepare")
-            if ours is error:
-                raise
-            raise ours from error
-        if not described:
-            raise TransientError("the model has no replica yet")
-        return described[0]
-
-    async def close(self) -> None:
-        """Leaves the deployment running: it is not this object's."""
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        response = getattr(self._handle, method).remote(*args)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await response
-        except TimeoutError as error:
-            response.cancel()
-            raise TransientError(
-                f"the model gave no answer to {method} within {self._timeout_s:g} s"
-            ) from error
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except Exception as error:
-            ours = _as_ours(error, method)
-            if ours is error:
-                raise
-            raise ours from error
-
-
-def _as_ours(error: Exception, method: str) -> Exception:
-    """The error that a caller reacts to: the replica's own, as it was raised there, or
-    TransientError where Ray restarts, reroutes or frees what failed.
-    """
-    from ray import exceptions as ray_errors
-    from ray.serve import exceptions as serve_errors
-
-    if isinstance(error, ray_errors.RayTaskError):
-        return error.cause if isinstance(error.cause, Exception) else error
-    may_heal = (
-        ray_errors.RayActorError,  # its replica died or is unreachable: Serve starts another
-        ray_errors.WorkerCrashedError,
-        ray_errors.NodeDiedError,
-        ray_errors.OutOfMemoryError,
-        ray_errors.ObjectLostError,
-        ray_errors.GetTimeoutError,
-        ray_errors.RpcError,
-        ray_errors.TaskCancelledError,  # by a replica that drains: our own cancels end elsewhere
-        serve_errors.BackPressureError,
-        serve_errors.DeploymentUnavailableError,
-    )
-    if not isinstance(error, may_heal):
-        return error
-    reason = str(error).partition("\n")[0]  # Ray appends pages of context
-    return TransientError(f"the model could not answer {method}: {type(error).__name__}: {reason}")

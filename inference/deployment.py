@@ -1,6 +1,7 @@
 """The model on Ray Serve: one call carries a whole micro-batch."""
 
 import asyncio
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from inference.client import Inference, ModelDescription, best_rate, engine_thre
 from inference.engine import EngineStatistics
 from inference.hosted import host_models
 from inference.redeploy import MODEL_NAME, with_version
+from inference.shared import BlockName, Mappings, Written
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
 from schemas.pauses import spare_what_is_loaded
@@ -33,6 +35,7 @@ class FeatureModel:
     def __init__(self, settings: ModelSettings, window: WindowSettings) -> None:
         self._thread = engine_thread()
         self._models = self._thread.submit(host_models, settings, window).result()
+        self._mappings = Mappings()
         spare_what_is_loaded()
 
     async def infer(
@@ -42,6 +45,17 @@ class FeatureModel:
         loop = asyncio.get_running_loop()
         infer = self._models.infer
         return await loop.run_in_executor(self._thread, infer, windows, model_version)
+
+    async def infer_shared(
+        self, name: BlockName, shape: tuple[int, int, int], model_version: str | None = None
+    ) -> Written | Inference | None:
+        """As ``infer``, of the windows at the start of a block. The answer is written over them;
+        one that has no room there is returned. None: this replica cannot see the block.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._thread, self._infer_shared, name, shape, model_version
+        )
 
     async def describe(self) -> ModelDescription:
         """Of the version that serves."""
@@ -65,6 +79,16 @@ class FeatureModel:
         """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._models.check_reference)
+
+    def _infer_shared(
+        self, name: BlockName, shape: tuple[int, int, int], model_version: str | None
+    ) -> Written | Inference | None:
+        floats = self._mappings.open(name)
+        if floats is None:
+            return None
+        windows = floats[: math.prod(shape)].reshape(shape)
+        inference = self._models.infer(windows, model_version)
+        return Written.over(floats, inference) or inference
 
 
 def build_model_deployment(

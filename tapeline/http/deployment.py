@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from consumers.logs import configure_logging
-from inference.client import ServeInferencer
+from inference.remote import ServeInferencer
 from inference.deployment import DEPLOYMENT_NAME as MODEL_NAME
 from schemas.settings import Settings
 from tapeline.http.api import build_api

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import ray
 from numpy.typing import NDArray
 from ray import serve
 
-from inference.client import ServeInferencer
 from inference.deployment import build_model_deployment
 from inference.engine import Engine, load_engine
+from inference.remote import ServeInferencer
+from inference.shared import Block, BlockName
 from schemas.errors import ConfigError, TransientError
 from schemas.settings import ModelSettings, ServeSettings
 
@@ -39,9 +41,12 @@ def windows_of(num_windows: int) -> NDArray[np.float32]:
     return noise.astype(np.float32)
 
 
-def test_calls_in_flight_give_the_engine_s_bits(handle: Any, engine: Engine) -> None:
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_calls_in_flight_give_the_engine_s_bits(
+    handle: Any, engine: Engine, share_memory: bool
+) -> None:
     async def main() -> None:
-        inferencer = ServeInferencer(handle, timeout_s=60)
+        inferencer = ServeInferencer(handle, timeout_s=60, share_memory=share_memory)
         assert await inferencer.describe() == engine.describe()
         batches = [windows_of(size) for size in (1, 300, 5, 64, 0, 2, 33, 128)]
         results = await asyncio.gather(*[inferencer.infer(batch) for batch in batches])
@@ -52,6 +57,45 @@ def test_calls_in_flight_give_the_engine_s_bits(handle: Any, engine: Engine) -> 
             assert result.scores.shape == (len(batch), 0)
             assert result.model_version == expected.model_version
         await inferencer.close()
+
+    asyncio.run(main())
+
+
+def test_windows_lie_in_memory_that_the_replica_sees_and_lets_go_of(handle: Any) -> None:
+    async def main() -> None:
+        inferencer = ServeInferencer(handle, timeout_s=60)
+        await asyncio.gather(*[inferencer.infer(windows_of(30)) for _ in range(3)])
+        assert 1 <= num_mapped() <= 3
+        for _ in range(3):
+            with pytest.raises(ValueError):
+                await inferencer.infer(np.zeros((3, 50, 59), np.float32))
+        await ServeInferencer(handle, timeout_s=60).infer(windows_of(30))  # a block not seen yet
+        assert 1 <= num_mapped() <= 4  # those of the calls that failed are gone
+
+    asyncio.run(main())
+
+
+def num_mapped() -> int:
+    [process] = (
+        path.parent
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.read_bytes().startswith(b"ray::ServeReplica:" + APP_NAME.encode() + b":")
+    )
+    return (process / "maps").read_text().count("/memfd:tapeline-")
+
+
+def test_a_replica_out_of_reach_is_sent_the_windows(
+    handle: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one on another machine, where that descriptor of that process is something else."""
+    elsewhere = BlockName(pid=1, descriptor=0, token="tapeline-of-another-machine")
+    monkeypatch.setattr(Block, "name", elsewhere, raising=False)
+
+    async def main() -> None:
+        inferencer = ServeInferencer(handle, timeout_s=60)
+        assert await handle.infer_shared.remote(elsewhere, (1, 50, 60)) is None
+        result = await inferencer.infer(windows_of(5))
+        assert result.features.tobytes() == engine.infer(windows_of(5)).features.tobytes()
 
     asyncio.run(main())
 
@@ -77,7 +121,7 @@ def test_a_late_answer_may_be_asked_for_again(handle: Any, engine: Engine) -> No
     batch = windows_of(2000)
 
     async def main() -> None:
-        with pytest.raises(TransientError, match=r"no answer to infer within 0\.001 s"):
+        with pytest.raises(TransientError, match=r"no answer within 0\.001 s"):
             await ServeInferencer(handle, timeout_s=0.001).infer(batch)
         result = await ServeInferencer(handle, timeout_s=60).infer(batch[:3])
         assert result.features.tobytes() == engine.infer(batch[:3]).features.tobytes()
