@@ -51,11 +51,6 @@ class Calls:
     windows_per_s: float
 
 
-@serve.deployment(
-    max_ongoing_requests=16,
-    ray_actor_options={"num_cpus": 0.1},
-    logging_config={"enable_access_log": False},
-)
 class Nothing:
     """Answers at once."""
 
@@ -74,7 +69,6 @@ class Nothing:
         return Written(shape[0], self._description.num_features, 0, "nothing")
 
 
-@ray.remote(num_cpus=0.1)
 class Caller:
     """One process with calls in flight."""
 
@@ -116,9 +110,9 @@ def main() -> None:
 
     settings = load_settings()
     sizes = [int(size) for size in options.sizes.split(",")]
-    engines = list(_engine(settings, sizes, options.seconds))
+    description, engines = _engine(settings, sizes, options.seconds)
     with ray_session(settings, log_to_driver=False):
-        rounds = list(_through_serve(settings, sizes, options))
+        rounds = list(_through_serve(settings, description, sizes, options))
     found = [*engines, *(_median(list(same)) for same in zip(*rounds, strict=True))]
     if options.json:
         calls = [asdict(one) for one in found]
@@ -134,9 +128,12 @@ def main() -> None:
         )
 
 
-def _engine(settings: Settings, sizes: list[int], seconds: float) -> Iterator[Calls]:
+def _engine(
+    settings: Settings, sizes: list[int], seconds: float
+) -> tuple[ModelDescription, list[Calls]]:
     engine = load_engine(settings.model, settings.window)
     model = engine.describe()
+    found = []
     for size in sizes:
         shape = (size, model.num_channels, model.num_steps)
         windows = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
@@ -145,21 +142,30 @@ def _engine(settings: Settings, sizes: list[int], seconds: float) -> Iterator[Ca
         while (begun_s := time.perf_counter()) < end_s:
             engine.infer(windows)
             taken_ms.append(1000 * (time.perf_counter() - begun_s))
-        yield _calls("engine", size, 1, 1, taken_ms, seconds)
+        found.append(_calls("engine", size, 1, 1, taken_ms, seconds))
+    return model, found
 
 
 def _through_serve(
-    settings: Settings, sizes: list[int], options: argparse.Namespace
+    settings: Settings,
+    description: ModelDescription,
+    sizes: list[int],
+    options: argparse.Namespace,
 ) -> Iterator[list[Calls]]:
     model = serve.run(
         build_model_deployment(settings.model, settings.serve, window=settings.window),
         name="model",
         route_prefix=None,
     )
-    description = model.describe.remote().result()
-    nothing = serve.run(Nothing.bind(description), name="nothing", route_prefix=None)
+    at_once: Any = serve.deployment(
+        max_ongoing_requests=16,
+        ray_actor_options={"num_cpus": 0.1},
+        logging_config={"enable_access_log": False},
+    )(Nothing)
+    nothing = serve.run(at_once.bind(description), name="nothing", route_prefix=None)
     handles = {"nothing": nothing, "shared": model, "value": model}
-    callers = [Caller.remote(handles) for _ in range(options.callers)]
+    as_actor: Any = ray.remote(num_cpus=0.1)(Caller)
+    callers = [as_actor.remote(handles) for _ in range(options.callers)]
     for _ in range(options.rounds):
         found = []
         for size in sizes:

@@ -19,8 +19,8 @@ from consumers.identity import claimed_name, replica_name
 from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
-from inference.remote import ServeInferencer
 from inference.redeploy import MODEL_NAME, with_version
+from inference.remote import ServeInferencer
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.live import fixed_version, live_part, with_live_part
 from schemas.pauses import spare_what_is_loaded

@@ -52,7 +52,8 @@ class ServeInferencer:
             if inference is not None:
                 return inference
             self._share_from_s = time.monotonic() + _BY_VALUE_S
-        return await self._call(self._handle.infer, windows, model_version)
+        by_value: Inference = await self._call(self._handle.infer, windows, model_version)
+        return by_value
 
     async def _infer_shared(
         self, windows: NDArray[np.float32], model_version: str | None

@@ -103,7 +103,7 @@ class Written:
             return None
         floats[: features.size] = features.reshape(-1)
         floats[features.size : features.size + scores.size] = scores.reshape(-1)
-        return cls(*features.shape, scores.shape[1], inference.model_version)
+        return cls(len(features), features.shape[1], scores.shape[1], inference.model_version)
 
     def read(self, floats: NDArray[np.float32]) -> Inference:
         """A copy: the block is free again."""

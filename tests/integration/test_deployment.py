@@ -67,7 +67,7 @@ def test_windows_lie_in_memory_that_the_replica_sees_and_lets_go_of(handle: Any)
         await asyncio.gather(*[inferencer.infer(windows_of(30)) for _ in range(3)])
         assert 1 <= num_mapped() <= 3
         for _ in range(3):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="50 channels"):
                 await inferencer.infer(np.zeros((3, 50, 59), np.float32))
         await ServeInferencer(handle, timeout_s=60).infer(windows_of(30))  # a block not seen yet
         assert 1 <= num_mapped() <= 4  # those of the calls that failed are gone

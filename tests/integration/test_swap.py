@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pipeline import LONG_S, RunningWorker, assert_once_and_in_order, features
 from typer.testing import CliRunner
 from waiting import wait_until
@@ -31,6 +32,7 @@ from tapeline.topics import ensure_topics
 
 MakeSettings = Callable[..., Settings]
 NUM_SYMBOLS = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ModelConfig(conv_channels=(8,), lstm_hidden=16, lstm_layers=1, num_features=8)
 
 
@@ -123,7 +125,7 @@ def test_versions_change_under_load_once_a_partition(
 ) -> None:
     one, two, three = store.versions()
     settings = make_settings(
-        model={"store": store.path, "max_batch": 32, "device": "cpu"}, kafka={"num_partitions": 4}
+        model={"store": store.path, "max_batch": 32, "device": DEVICE}, kafka={"num_partitions": 4}
     )
     with worker_of(settings) as worker, Flow(settings) as flow:
         wait_for_more(worker)
@@ -155,7 +157,7 @@ def test_versions_change_under_load_once_a_partition(
 def test_canary_and_shadow_under_load(make_settings: MakeSettings, store: ModelStore) -> None:
     """A canary makes its symbols' features, and no others; a shadow makes none."""
     one, two, three = store.versions()
-    settings = make_settings(model={"store": store.path, "max_batch": 32, "device": "cpu"})
+    settings = make_settings(model={"store": store.path, "max_batch": 32, "device": DEVICE})
     with worker_of(settings) as worker, Flow(settings) as flow:
         wait_for_more(worker)
         command(store, "promote", two, "--canary", "0.5")
@@ -198,7 +200,7 @@ def test_a_version_that_does_not_hold_here_is_refused_and_all_goes_on(
     reference = good.reference
     object.__setattr__(reference, "features", reference.features + np.float32(1))
     save_artifact(good, store.path / good.model_version)
-    settings = make_settings(model={"store": store.path, "max_batch": 32, "device": "cpu"})
+    settings = make_settings(model={"store": store.path, "max_batch": 32, "device": DEVICE})
     with worker_of(settings) as worker, Flow(settings) as flow:
         wait_for_more(worker)
         command(store, "promote", good.model_version)
@@ -216,10 +218,10 @@ def test_two_workers_and_two_replicas_change_over_on_serve(
 ) -> None:
     one, two, _ = store.versions()
     settings = make_settings(
-        model={"store": store.path, "max_batch": 32, "device": "cpu", "num_replicas": 2},
+        model={"store": store.path, "max_batch": 32, "device": DEVICE, "num_replicas": 2},
         kafka={"num_partitions": 2},
         serve={"app_name": "swap", "num_workers": 2, "worker_num_cpus": 0.2,
-               "model_num_cpus": 0.2},
+               "model_num_cpus": 0.2, "model_num_gpus": 0.25 if DEVICE == "cuda" else 0},
     )  # fmt: skip
     ensure_topics(settings)
     application = ServeApplication(settings)
