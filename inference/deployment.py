@@ -96,15 +96,15 @@ def build_model_deployment(
     serve_settings: ServeSettings,
     *,
     window: WindowSettings | None = None,
-    max_ongoing_requests: int = 4,
+    max_ongoing_requests: int = 16,
     version: str | None = None,
     autoscaling: dict[str, Any] | None = None,
 ) -> Application:
     """The Serve application of the model, ready for ``serve.run`` or for binding into a worker.
 
     Args:
-        max_ongoing_requests: micro-batches at one replica, queued or computed. A few hide the way
-            there and back; more only hide from Serve which replica is busy.
+        max_ongoing_requests: micro-batches at one replica, queued or computed. Beyond it a replica
+            turns calls away, and Serve waits tens of milliseconds before it offers them again.
         version: deployed again under the same one, its replicas live on; none: they start again.
         autoscaling: Serve's ``autoscaling_config``, instead of ``model.num_replicas``.
 
