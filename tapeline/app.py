@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _EXIT_GRACE_S = 5.0
 
+_log = structlog.get_logger(__name__)
+
 
 def check_surroundings(settings: Settings) -> None:
     """Raises ConfigError unless broker, topics and Redis answer."""
@@ -133,8 +135,17 @@ class ServeApplication:
             self._run(build_http_deployment(self._settings), self._http_name, "/")
 
     def _deploy_stream(self) -> None:
+        import ray
+
         from tapeline.serving import build_application
 
+        num_gpus = self._settings.serve.model_num_gpus
+        if num_gpus and not ray.cluster_resources().get("GPU"):
+            _log.warning(
+                "no_gpu_in_the_cluster",
+                model_num_gpus=num_gpus,
+                hint="the model waits for one; serve.model_num_gpus = 0 runs it on CPUs",
+            )
         self._run(build_application(self._settings), self._name, None)
 
     def _run(self, application: "Application", name: str, route_prefix: str | None) -> None:

@@ -145,7 +145,6 @@ def ray_runtime(request: pytest.FixtureRequest) -> Iterator[int]:
     ray.init(
         address="local",  # never a cluster that happens to run here
         num_cpus=RAY_NUM_CPUS,
-        num_gpus=0,
         object_store_memory=256 * 1024**2,
         include_dashboard=False,
         log_to_driver=False,
