@@ -1,23 +1,18 @@
-"""The latency budget: where the time of an event went, stage by stage.
-
-Histograms of our own, because a micro-batch's records are counted at once: prometheus_client takes
-one at a time, at 2 us each.
-"""
+"""The latency budget: where the time of an event went, stage by stage."""
 
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client.core import HistogramMetricFamily
 
 from consumers.records import Record
+from schemas.histogram import Histogram
 from schemas.timing import STAGES, TIMING_HEADER, encode_timing
 
-_EDGES_S = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30])
+LATENCY_EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30)
 _FOLD_AT = 1_024
-_LABELS = [*(f"{edge:g}" for edge in _EDGES_S), "+Inf"]
 
 
 class BatchTimes(NamedTuple):
@@ -28,20 +23,6 @@ class BatchTimes(NamedTuple):
     answered_us: int
 
 
-class _Histogram:
-    def __init__(self) -> None:
-        self.counts: NDArray[np.int64] = np.zeros(len(_LABELS), np.int64)
-        self.sum_s = 0.0
-
-    def observe(self, seconds: NDArray[np.float64]) -> None:
-        places = np.searchsorted(_EDGES_S, seconds)
-        self.counts += np.bincount(places, minlength=len(_LABELS))
-        self.sum_s += float(seconds.sum())
-
-    def buckets(self) -> list[tuple[str, float]]:
-        return list(zip(_LABELS, np.cumsum(self.counts).tolist(), strict=True))
-
-
 class LatencyBudget:
     """Histograms by lane of every stage and of the whole, over the features of one worker.
 
@@ -50,8 +31,10 @@ class LatencyBudget:
     """
 
     def __init__(self, lanes: Sequence[str]) -> None:
-        self._stages = {(lane, stage): _Histogram() for lane in lanes for stage in STAGES}
-        self._whole = {lane: _Histogram() for lane in lanes}
+        self._stages = {
+            (lane, stage): Histogram(LATENCY_EDGES_S) for lane in lanes for stage in STAGES
+        }
+        self._whole = {lane: Histogram(LATENCY_EDGES_S) for lane in lanes}
         self._waiting: dict[str, list[tuple[int, ...]]] = {lane: [] for lane in lanes}
         self._lock = threading.Lock()  # the loop observes, a scrape's thread collects
 
@@ -85,7 +68,7 @@ class LatencyBudget:
             labels=["lane"],
         )
         for lane, histogram in self._whole.items():
-            whole.add_metric([lane], histogram.buckets(), histogram.sum_s)
+            whole.add_metric([lane], histogram.buckets(), histogram.sum)
         yield whole
         by_stage = HistogramMetricFamily(
             "tapeline_stage_seconds",
@@ -93,7 +76,7 @@ class LatencyBudget:
             labels=["lane", "stage"],
         )
         for labels, histogram in self._stages.items():
-            by_stage.add_metric(labels, histogram.buckets(), histogram.sum_s)
+            by_stage.add_metric(labels, histogram.buckets(), histogram.sum)
         yield by_stage
 
 

@@ -19,15 +19,16 @@ from consumers.identity import claimed_name, replica_name
 from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
 from consumers.worker import Worker
-from inference.redeploy import MODEL_NAME, with_version
+from inference.redeploy import MODEL_NAME, WORKER_NAME, with_version
 from inference.remote import ServeInferencer
 from schemas.autoscale import CAPACITY_METRIC
+from schemas.exposition import Target, expose, node_address
 from schemas.live import fixed_version, live_part, with_live_part
 from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
 from schemas.settings import Settings
 
-DEPLOYMENT_NAME = "worker"
+DEPLOYMENT_NAME = WORKER_NAME
 
 
 class StreamWorker:
@@ -54,6 +55,7 @@ class StreamWorker:
             instance_id=name,
             num_replicas=settings.model.num_replicas,
         )
+        self._metrics_port = expose(gpu=False) if settings.metrics.port else None
         spare_what_is_loaded()
         self._running = asyncio.create_task(self._worker.run())
         if settings.autoscale.enabled:
@@ -111,6 +113,12 @@ class StreamWorker:
     async def statistics(self) -> WorkerStatistics:
         """Of the one replica that answers."""
         return self._worker.statistics()
+
+    async def metrics_target(self) -> Target | None:
+        """Where Prometheus finds this replica."""
+        if self._metrics_port is None:
+            return None
+        return Target(f"{node_address()}:{self._metrics_port}", "worker")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the autoscaling policy: events a second that this worker could do."""

@@ -8,16 +8,9 @@ from typing import Literal, NamedTuple
 from consumers.service_times import SMALLEST_BUCKET
 from schemas.guard import GuardSettings, Resource
 from schemas.lanes import LaneSettings
+from schemas.resources import ResourceUsage
 
 Step = Literal["shrink", "grow", "hold", "release"]
-
-
-class ResourceUsage(NamedTuple):
-    """What is in use, as fractions of what may be used; None: there is none, or it is unknown."""
-
-    cpu: float
-    memory: float
-    gpu_memory: float | None = None
 
 
 class Restraint(NamedTuple):

@@ -15,6 +15,8 @@ from consumers.assignments import StalledHead
 from consumers.budget import LatencyBudget
 from consumers.dedup import FirstSeenStatistics
 from consumers.guard import GuardStatistics
+from consumers.poller import PollerStatistics
+from consumers.requests import RequestMeter
 from consumers.rollout import RolloutStatistics
 from consumers.shadow import ShadowStatistics
 from consumers.transactions import TransactionStatistics
@@ -62,6 +64,8 @@ class WorkerStatistics:
         scheduled: records given to micro-batches, by lane.
         guard: what is in use of the machine, and what the worker does without because of it.
         queued: records waiting, by lane.
+        pollers: by lane.
+        letters: dead letters by lane and reason.
         transactions: by lane; empty unless delivery is ``exactly_once``.
         stalled: partitions whose oldest record is in flight for longer than ``stall_after_s``.
         num_undrained: partitions that were let go with work in flight, which is done again.
@@ -82,6 +86,8 @@ class WorkerStatistics:
     rollout: RolloutStatistics
     shadow: ShadowStatistics
     transactions: Mapping[str, TransactionStatistics]
+    pollers: Mapping[str, PollerStatistics]
+    letters: Mapping[tuple[str, str], int]
     stalled: Sequence[StalledHead]
     num_undrained: int
     num_tasks: int
@@ -90,9 +96,15 @@ class WorkerStatistics:
 class WorkerCollector(Collector):
     """Turns a worker's statistics into metrics when Prometheus asks; costs nothing otherwise."""
 
-    def __init__(self, statistics: Callable[[], WorkerStatistics], budget: LatencyBudget) -> None:
+    def __init__(
+        self,
+        statistics: Callable[[], WorkerStatistics],
+        budget: LatencyBudget,
+        requests: RequestMeter,
+    ) -> None:
         self._statistics = statistics
         self._budget = budget
+        self._requests = requests
 
     def collect(self) -> Iterator[Metric]:
         now = self._statistics()
@@ -106,7 +118,9 @@ class WorkerCollector(Collector):
             queued.add_metric([lane], now.queued[lane])
         yield records
         yield queued
+        yield from _flow_metrics(now)
         yield from self._budget.collect()
+        yield from self._requests.collect()
         yield from _scheduler_metrics(now)
         yield from _guard_metrics(now)
         yield GaugeMetricFamily(
@@ -126,6 +140,48 @@ class WorkerCollector(Collector):
             "1 while Redis does not answer and duplicates are known to this worker alone.",
             now.first_seen.degraded,
         )
+
+
+def _flow_metrics(now: WorkerStatistics) -> Iterator[Metric]:
+    in_flight = GaugeMetricFamily(
+        "tapeline_in_flight_records", "Records polled, without an end yet.", labels=["lane"]
+    )
+    for lane, counts in now.lanes.items():
+        in_flight.add_metric([lane], counts.in_flight)
+    yield in_flight
+    letters = CounterMetricFamily(
+        "tapeline_dead_letters", "Dead letters by why.", labels=["lane", "reason"]
+    )
+    for labels, num_letters in now.letters.items():
+        letters.add_metric(labels, num_letters)
+    yield letters
+    paused = GaugeMetricFamily(
+        "tapeline_paused", "1 while a lane's queue is full and the rest waits in its topic.",
+        labels=["lane"],
+    )  # fmt: skip
+    rebalances = CounterMetricFamily(
+        "tapeline_rebalanced_partitions",
+        "Partitions that rebalances gave and took: assigned, revoked, lost.",
+        labels=["lane", "how"],
+    )
+    commits = SummaryMetricFamily(
+        "tapeline_commit_seconds",
+        "Until the broker has taken a commit; of exactly_once, a whole transaction.",
+        labels=["lane"],
+    )
+    for lane, poller in now.pollers.items():
+        paused.add_metric([lane], poller.paused)
+        for how, num_partitions in (
+            ("assigned", poller.num_assigned),
+            ("revoked", poller.num_revoked),
+            ("lost", poller.num_lost),
+        ):
+            rebalances.add_metric([lane, how], num_partitions)
+        if transactions := now.transactions.get(lane):
+            commits.add_metric([lane], transactions.committed_total, transactions.committed_s)
+        else:
+            commits.add_metric([lane], poller.num_commits, poller.commit_s)
+    yield from (paused, rebalances, commits)
 
 
 def _scheduler_metrics(now: WorkerStatistics) -> Iterator[Metric]:

@@ -14,13 +14,14 @@ from consumers.bisection import infer_each
 from consumers.cached import CachedInference, Outcome
 from consumers.channels import channel_set
 from consumers.intake import MicroBatch
+from consumers.requests import RequestMeter
 from consumers.retry import retrying
 from consumers.rollout import RolloutFollower, RolloutStatistics
 from consumers.service_times import ServiceTimes
 from consumers.shadow import Shadow, ShadowStatistics
 from inference.cache import CacheStatistics, FeatureCache
 from inference.client import Inference, Inferencer, ModelDescription
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, PoisonRecord
 from schemas.settings import Settings
 
 
@@ -51,6 +52,7 @@ class ModelStage:
         self._rollout = RolloutFollower(settings.model.store, inferencer, self._serve)
         self._shadow = Shadow(inferencer, lambda: not num_waiting() and not admission.num_calls)
         self.answered = asyncio.Event()
+        self.requests = RequestMeter([lane.name for lane in settings.active_lanes])
 
     async def open(self) -> ModelDescription:
         """Asks the model what it is. Raises TransientError when it stays away."""
@@ -89,22 +91,38 @@ class ModelStage:
         if not batch.items:
             return []
         self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
+        lanes = Counter(item.record.lane for item in batch.items)
+        self.requests.asked(lanes)
+        begun_s = time.monotonic()
+        try:
+            outcomes = await self._outcomes(batch)
+        except Exception:
+            self.requests.ended(lanes, lanes, time.monotonic() - begun_s)
+            raise
+        failed = Counter(
+            item.record.lane
+            for item, outcome in zip(batch.items, outcomes, strict=True)
+            if isinstance(outcome, PoisonRecord)
+        )
+        self.requests.ended(lanes, failed, time.monotonic() - begun_s)
+        self._shadow.offer(self._rollout.shadow, batch.windows, outcomes)
+        return outcomes
+
+    async def _outcomes(self, batch: MicroBatch) -> list[Outcome]:
+        """By the version that each symbol is for."""
         groups = self._rollout.group([(one.event.venue, one.event.symbol) for one in batch.items])
         if len(groups) == 1:
             [version] = groups
-            outcomes = await self._infer_by(version, batch, batch.windows, None)
-        else:
-            parts = [
-                self._infer_by(version, batch, batch.windows[rows], rows)
-                for version, rows in groups.items()
-            ]
-            made = await asyncio.gather(*parts)
-            by_row = dict[int, Outcome]()
-            for rows, part in zip(groups.values(), made, strict=True):
-                by_row.update(zip(rows, part, strict=True))
-            outcomes = [by_row[row] for row in range(len(batch.items))]
-        self._shadow.offer(self._rollout.shadow, batch.windows, outcomes)
-        return outcomes
+            return await self._infer_by(version, batch, batch.windows, None)
+        parts = [
+            self._infer_by(version, batch, batch.windows[rows], rows)
+            for version, rows in groups.items()
+        ]
+        made = await asyncio.gather(*parts)
+        by_row = dict[int, Outcome]()
+        for rows, part in zip(groups.values(), made, strict=True):
+            by_row.update(zip(rows, part, strict=True))
+        return [by_row[row] for row in range(len(batch.items))]
 
     async def close(self) -> None:
         await self._shadow.close()

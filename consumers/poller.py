@@ -8,7 +8,9 @@ for which it waits until the loop has let go of the partitions.
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -39,6 +41,24 @@ _RETRY_PAUSE_S = 0.1
 # before every poll it took a third of the worker's time.
 _NOTE_PLACE_EVERY_S = 0.25
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class PollerStatistics:
+    """What a lane's consumer did since its start.
+
+    Attributes:
+        paused: the lane's queue is full: what else there is waits in the topic.
+        num_assigned, num_revoked, num_lost: partitions, by rebalances.
+        num_commits, commit_s: that the broker took, and the seconds until it said so.
+    """
+
+    paused: bool = False
+    num_assigned: int = 0
+    num_revoked: int = 0
+    num_lost: int = 0
+    num_commits: int = 0
+    commit_s: float = 0.0
 
 
 class RecordSink(Protocol):
@@ -91,7 +111,8 @@ class LanePoller:
         self._release_timeout_s = settings.worker.drain_timeout_s + settings.kafka.timeout_s
         self._handed_over = 0
         self._put = 0
-        self._paused = False
+        self.statistics = PollerStatistics()
+        self._commits_begun_s: deque[float] = deque()
         self._to_commit: SimpleQueue[Sequence[CommitPoint]] = SimpleQueue()
         self._closing = threading.Event()
         self._going_back = threading.Event()
@@ -171,6 +192,8 @@ class LanePoller:
         offsets = [
             TopicPartition(*one.partition, one.offset, encode_metadata(one)) for one in points
         ]
+        if asynchronous:
+            self._commits_begun_s.append(time.monotonic())
         try:
             self._consumer.commit(offsets=offsets, asynchronous=asynchronous)
         except KafkaException as error:
@@ -181,7 +204,11 @@ class LanePoller:
 
         A rebalance refuses them now and then; without it, a partition at rest would stay behind.
         """
+        begun_s = self._commits_begun_s.popleft() if self._commits_begun_s else None
         failed = [one for one in partitions if error is not None or one.error]
+        if begun_s is not None and not failed:
+            self.statistics.num_commits += 1
+            self.statistics.commit_s += time.monotonic() - begun_s
         if failed:
             reason = error or failed[0].error
             _log.warning("commit_failed", lane=self.lane.name, error=str(reason))
@@ -207,12 +234,12 @@ class LanePoller:
         in_hand_over = self._handed_over - self._put
         queued = self._sink.num_queued(self.lane.name) + in_hand_over
         limit = self._sink.max_queued(self.lane.name)
-        if not self._paused and queued >= limit:
+        if not self.statistics.paused and queued >= limit:
             self._consumer.pause(self._consumer.assignment())
-            self._paused = True
-        elif self._paused and queued <= limit // 2:
+            self.statistics.paused = True
+        elif self.statistics.paused and queued <= limit // 2:
             self._consumer.resume(self._consumer.assignment())
-            self._paused = False
+            self.statistics.paused = False
 
     def _note_place(self) -> None:
         if self._tells_place and not self._closing.is_set():
@@ -220,12 +247,13 @@ class LanePoller:
             self._place_noted_s = time.monotonic()
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.statistics.num_assigned += len(partitions)
         starts = self._take_on(partitions)
         if self._is_eager:
             consumer.assign(starts)
         else:
             consumer.incremental_assign(starts)
-        if self._paused:
+        if self.statistics.paused:
             consumer.pause(partitions)
         self._note_place()
 
@@ -280,6 +308,7 @@ class LanePoller:
             self._consumer.seek(start)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.statistics.num_revoked += len(partitions)
         points = self._on_loop(self._sink.revoked(_names(partitions), lost=False))
         if points:
             self._commit(points, asynchronous=False)
@@ -287,6 +316,7 @@ class LanePoller:
         self._note_place()
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.statistics.num_lost += len(partitions)
         self._on_loop(self._sink.revoked(_names(partitions), lost=True))
         self._unassign(consumer, partitions)
 

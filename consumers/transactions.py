@@ -35,10 +35,15 @@ _MOCK_CLUSTER = "mockCluster"  # how librdkafka's mock broker names its cluster
 
 @dataclass(frozen=True, slots=True)
 class TransactionStatistics:
-    """A snapshot of one lane's transactions since the start."""
+    """A snapshot of one lane's transactions since the start.
+
+    Attributes:
+        committed_s: the seconds that those took that were committed.
+    """
 
     committed_total: int
     aborted_total: int
+    committed_s: float = 0.0
 
 
 class LaneTransactions:
@@ -88,6 +93,7 @@ class LaneTransactions:
         self._failing_since_s: float | None = None
         self._calling_since_s: float | None = None
         self._committed_total = self._aborted_total = 0
+        self._committed_s = 0.0
 
     async def open(self) -> None:
         """Fences whoever had this ``transactional.id`` and ends the transaction it left open.
@@ -126,7 +132,7 @@ class LaneTransactions:
 
     def statistics(self) -> TransactionStatistics:
         """A snapshot."""
-        return TransactionStatistics(self._committed_total, self._aborted_total)
+        return TransactionStatistics(self._committed_total, self._aborted_total, self._committed_s)
 
     async def _transact_waiting(self) -> None:
         parcels = self._take()
@@ -138,6 +144,7 @@ class LaneTransactions:
         # The place is asked for while every one of these assignments is ours. Later the answer
         # might name a place that we hold without them, and the broker would let them through.
         place = self._group_metadata()
+        begun_s = time.monotonic()
         try:
             await self._watched(self._on_thread(self._transact, messages, points, place))
         except AssignmentLost as error:
@@ -146,6 +153,7 @@ class LaneTransactions:
             self._resolve(parcels, delivered=False)
         else:
             self._committed_total += 1
+            self._committed_s += time.monotonic() - begun_s
             self._failing_since_s = None
             self._resolve(parcels, delivered=True)
 

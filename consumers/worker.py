@@ -6,6 +6,7 @@ Serve replica.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +29,6 @@ from consumers.parcels import Outlet, Parcel
 from consumers.poller import LanePoller
 from consumers.publisher import Publisher
 from consumers.records import Assignment, CommitPoint, Partition, Record
-from consumers.resources import ResourceMeter
 from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
 from consumers.transactions import LaneTransactions
@@ -37,6 +37,7 @@ from inference.client import Inferencer
 from schemas.codec import Codec
 from schemas.errors import ConfigError, TapelineError
 from schemas.live import demand_only_live, live_part
+from schemas.resources import ResourceMeter
 from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -119,7 +120,8 @@ class Worker:
         self._num_tasks = 0
         self._guard = ResourceGuard(settings.guard, settings.active_lanes, worker.max_batch)
         self._budget = LatencyBudget(list(self._lanes))
-        registry.register(WorkerCollector(self.statistics, self._budget))
+        self._letters: Counter[tuple[str, str]] = Counter()
+        registry.register(WorkerCollector(self.statistics, self._budget, self._model.requests))
 
     async def run(self) -> None:
         """Works until ``stop``; then finishes what is in flight, commits and leaves the group.
@@ -252,6 +254,8 @@ class Worker:
                 for name, outlet in outlets
                 if isinstance(outlet, LaneTransactions)
             },
+            pollers={name: replace(one.statistics) for name, one in self._pollers.items()},
+            letters=dict(self._letters),
             stalled=self._stalled,
             num_undrained=self._num_undrained,
             num_tasks=self._num_tasks,
@@ -336,6 +340,7 @@ class Worker:
         self._budget.observe(parcel.lane, parcel.features, times, now_us)
         for record, poison in parcel.letters:
             counts.dead_letters += 1
+            self._letters[parcel.lane, poison.reason] += 1
             _log.warning(
                 "dead_letter", source=record.source, reason=poison.reason, message=str(poison)
             )

@@ -6,18 +6,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client.registry import REGISTRY
 from ray import serve
 from ray.serve import Application
 
 from inference.client import Inference, ModelDescription, best_rate, engine_thread
 from inference.engine import EngineStatistics
 from inference.hosted import host_models
+from inference.metrics import ModelCollector
 from inference.redeploy import MODEL_NAME, with_version
 from inference.shared import BlockName, Mappings, Written
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
+from schemas.exposition import Target, expose, node_address
 from schemas.pauses import spare_what_is_loaded
-from schemas.settings import ModelSettings, ServeSettings, WindowSettings
+from schemas.settings import MetricsSettings, ModelSettings, ServeSettings, WindowSettings
 
 DEPLOYMENT_NAME = MODEL_NAME
 
@@ -32,9 +35,12 @@ class FeatureModel:
     as failed with that sentence.
     """
 
-    def __init__(self, settings: ModelSettings, window: WindowSettings) -> None:
+    def __init__(
+        self, settings: ModelSettings, window: WindowSettings, *, exposes_metrics: bool = False
+    ) -> None:
         self._thread = engine_thread()
         self._models = self._thread.submit(host_models, settings, window).result()
+        self._metrics_port = self._expose() if exposes_metrics else None
         self._mappings = Mappings()
         spare_what_is_loaded()
 
@@ -69,6 +75,12 @@ class FeatureModel:
         """Of the one replica that answers."""
         return self._models.statistics()
 
+    async def metrics_target(self) -> Target | None:
+        """Where Prometheus finds this replica."""
+        if self._metrics_port is None:
+            return None
+        return Target(f"{node_address()}:{self._metrics_port}", "model")
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the autoscaling policy: windows a second of this replica."""
         return {CAPACITY_METRIC: best_rate(self._models.describe().bucket_s)}
@@ -79,6 +91,11 @@ class FeatureModel:
         """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._models.check_reference)
+
+    def _expose(self) -> int:
+        models = self._models
+        REGISTRY.register(ModelCollector(models.statistics, models.calls))
+        return expose(gpu=models.describe().device != "cpu")
 
     def _infer_shared(
         self, name: BlockName, shape: tuple[int, int, int], model_version: str | None
@@ -97,6 +114,7 @@ def build_model_deployment(
     *,
     window: WindowSettings | None = None,
     max_ongoing_requests: int = 16,
+    metrics: MetricsSettings | None = None,
     version: str | None = None,
     autoscaling: dict[str, Any] | None = None,
 ) -> Application:
@@ -105,6 +123,7 @@ def build_model_deployment(
     Args:
         max_ongoing_requests: micro-batches at one replica, queued or computed. Beyond it a replica
             turns calls away, and Serve waits tens of milliseconds before it offers them again.
+        metrics: replicas serve theirs if it names a port.
         version: deployed again under the same one, its replicas live on; none: they start again.
         autoscaling: Serve's ``autoscaling_config``, instead of ``model.num_replicas``.
 
@@ -132,4 +151,6 @@ def build_model_deployment(
         logging_config={"enable_access_log": False},  # else a line for every micro-batch
     )
     deployment = as_deployment(FeatureModel)
-    return with_version(deployment, version).bind(settings, window or WindowSettings())
+    return with_version(deployment, version).bind(
+        settings, window or WindowSettings(), exposes_metrics=bool(metrics and metrics.port)
+    )

@@ -1,6 +1,7 @@
 """The model versions of one process: several engines, each warm, and which one answers."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from inference.client import Inference, ModelDescription
 from inference.engine import Engine, EngineStatistics, build_engine, load_engine
+from inference.metrics import CallMeter
 from inference.store import ModelStore
 from schemas.errors import ConfigError
 from schemas.placement import pin_thread
@@ -33,6 +35,7 @@ class HostedModels:
         self._engines = {serving.model_version: serving}
         self._load = load
         self._loading = threading.Lock()
+        self.calls = CallMeter()
 
     def infer(self, windows: NDArray[np.float32], model_version: str | None = None) -> Inference:
         """As ``Engine.infer``, by that version; None: by the one that serves.
@@ -40,7 +43,10 @@ class HostedModels:
         Raises ConfigError if there is no such version.
         """
         engine = self._serving if model_version is None else self._engine(model_version)
-        return engine.infer(windows)
+        begun_s = time.perf_counter()
+        inference = engine.infer(windows)
+        self.calls.observe(len(windows), time.perf_counter() - begun_s)
+        return inference
 
     def describe(self) -> ModelDescription:
         """Of the version that serves."""

@@ -1,4 +1,4 @@
-"""Deploying again without a restart, and the name that both sides know the model by."""
+"""Deploying again without a restart, and the names that all sides know the deployments by."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from ray.serve import Deployment
 
 MODEL_NAME = "model"
+WORKER_NAME = "worker"
 
 
 def with_version(deployment: "Deployment", version: str | None) -> "Deployment":

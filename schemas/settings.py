@@ -234,7 +234,13 @@ class ServeSettings(Section):
 class MetricsSettings(Section):
     """Prometheus."""
 
-    port: int = Field(0, ge=0, le=65_535, description="Of `tapeline worker`; 0: no endpoint.")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Of `tapeline worker` and `tapeline run`: `/metrics`, and `/targets` for all "
+        "others; 0: no endpoint.",
+    )
 
 
 class Settings(BaseSettings):

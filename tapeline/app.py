@@ -7,27 +7,37 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
+from prometheus_client.registry import REGISTRY, Collector
 
 from consumers.dedup import open_first_seen
 from consumers.identity import claimed_name
 from consumers.metrics import LaneCounts, WorkerStatistics
 from consumers.worker import Worker
 from inference.client import LocalInferencer, engine_thread
-from schemas.errors import ConfigError
+from inference.redeploy import MODEL_NAME, WORKER_NAME
+from schemas.errors import ConfigError, TransientError
+from schemas.exposition import Target, UtilizationCollector
 from schemas.live import demand_only_live
 from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
+from schemas.resources import ResourceMeter
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
+from tapeline.metrics.cluster import ApplicationCollector
+from tapeline.metrics.lag import LagCollector
+from tapeline.metrics.server import metrics_server
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
+    from inference.hosted import HostedModels
+
 _EXIT_GRACE_S = 5.0
+_TARGETS_TIMEOUT_S = 3.0
 
 _log = structlog.get_logger(__name__)
 
@@ -78,12 +88,11 @@ async def run_worker(
             loop.add_signal_handler(signal_number, stop)
         if reload:
             loop.add_signal_handler(signal.SIGHUP, _reconfigure, worker.configure, reload)
-        if settings.metrics.port:
-            _serve_metrics(settings.metrics.port)
         spare_what_is_loaded()
-        on_started()
         try:
-            await worker.run()
+            with _worker_metrics(settings, models):
+                on_started()
+                await worker.run()
         except BaseException:
             _end_process_after(_EXIT_GRACE_S)  # a call into librdkafka or the model may hang
             raise
@@ -91,6 +100,39 @@ async def run_worker(
             await inferencer.close()
             await first_seen.close()
     return worker.statistics()
+
+
+@contextmanager
+def _worker_metrics(settings: Settings, models: "HostedModels") -> Iterator[None]:
+    """``metrics.port`` of one worker: its own, its model's, and the lanes' lag."""
+    if not settings.metrics.port:
+        yield
+        return
+    from inference.metrics import ModelCollector
+
+    has_gpu = models.describe().device != "cpu"
+    with (
+        closing(LagCollector(settings)) as lag,
+        _collecting(
+            lag,
+            ModelCollector(models.statistics, models.calls),
+            UtilizationCollector(ResourceMeter(gpu=has_gpu).read),
+        ),
+        metrics_server(settings.metrics.port, REGISTRY, list, "worker"),
+    ):
+        yield
+
+
+@contextmanager
+def _collecting(*collectors: Collector) -> Iterator[None]:
+    """Has this process's registry hold them."""
+    for collector in collectors:
+        REGISTRY.register(collector)
+    try:
+        yield
+    finally:
+        for collector in collectors:
+            REGISTRY.unregister(collector)
 
 
 def _reconfigure(configure: Callable[[Settings], None], reload: Callable[[], Settings]) -> None:
@@ -140,7 +182,7 @@ class ServeApplication:
         from tapeline.serving import build_application
 
         num_gpus = self._settings.serve.model_num_gpus
-        if num_gpus and not ray.cluster_resources().get("GPU"):
+        if num_gpus and not ray.cluster_resources().get("GPU"):  # type: ignore[no-untyped-call]
             _log.warning(
                 "no_gpu_in_the_cluster",
                 model_num_gpus=num_gpus,
@@ -178,6 +220,35 @@ class ServeApplication:
         """
         return self._of_every_worker("drain")
 
+    @contextmanager
+    def metrics(self) -> Iterator[int | None]:
+        """``metrics.port``: the lanes' lag, how many replicas there are, and where the metrics of
+        each of them are. Yields the port.
+        """
+        settings = self._settings
+        if not settings.metrics.port:
+            yield None
+            return
+        with (
+            closing(LagCollector(settings)) as lag,
+            _collecting(lag, ApplicationCollector(settings)),
+            metrics_server(settings.metrics.port, REGISTRY, self._metrics_targets, "run") as port,
+        ):
+            yield port
+
+    def _metrics_targets(self) -> list[Target]:
+        """Raises TransientError while a deployment does not answer."""
+        from ray import serve
+
+        found: list[Target | None] = []
+        for name in (WORKER_NAME, MODEL_NAME):
+            handle = serve.get_deployment_handle(name, self._name)
+            try:
+                found += handle.broadcast("metrics_target").results(timeout_s=_TARGETS_TIMEOUT_S)
+            except Exception as error:  # Ray's errors have no common base
+                raise TransientError(f"deployment {name} does not answer: {error}") from error
+        return [one for one in found if one]
+
     def delete(self) -> None:
         """Takes all deployments away; blocks until their replicas are gone."""
         from ray import serve
@@ -189,10 +260,8 @@ class ServeApplication:
     def _of_every_worker(self, method: str) -> list[WorkerStatistics]:
         from ray import serve
 
-        from consumers.deployment import DEPLOYMENT_NAME
-
         timeout_s = self._settings.worker.drain_timeout_s + 2 * self._settings.kafka.timeout_s
-        handle = serve.get_deployment_handle(DEPLOYMENT_NAME, self._name)
+        handle = serve.get_deployment_handle(WORKER_NAME, self._name)
         results: list[WorkerStatistics] = handle.broadcast(method).results(timeout_s=timeout_s)
         return results
 
@@ -258,14 +327,3 @@ def _cause(reports: list[str]) -> str:
                 return sentence
     lines = [line.strip() for report in reports for line in report.splitlines() if line.strip()]
     return f"the application did not start: {lines[-1] if lines else 'Ray gives no reason'}"
-
-
-def _serve_metrics(port: int) -> None:
-    from prometheus_client import start_http_server
-
-    try:
-        start_http_server(port)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot serve metrics on port {port}: {error.strerror}; set TAPELINE_METRICS__PORT"
-        ) from error

@@ -36,6 +36,7 @@ def build_application(settings: Settings) -> Application:
         settings.model,
         settings.serve,
         window=settings.window,
+        metrics=settings.metrics,
         version=fixed_version(settings),
         autoscaling=_autoscaling(settings, "replicas"),
     )

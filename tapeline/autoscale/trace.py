@@ -12,6 +12,7 @@ from tapeline.autoscale.rules import Decision, LaneLoad
 
 TRACE_FILE = "autoscale.jsonl"
 _MAX_BYTES = 64 << 20  # then it begins anew beside its predecessor
+_TAIL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,28 @@ def read(path: Path) -> Iterator[Entry]:
             for number, line in enumerate(file, 1):
                 yield _entry(path, number, line)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the trace {path}: {error.strerror}; `tapeline run` writes one while "
-            "autoscale.enabled is true"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def last(path: Path) -> dict[str, Entry]:
+    """The last entry of each role, looked for at the end of the file. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if sum(map(len, lines)) >= _TAIL_BYTES - len(lines):
+        lines = lines[1:]  # cut off in front
+    return {entry.role: entry for number, line in enumerate(lines, 1)
+            if (entry := _entry(path, number, line))}  # fmt: skip
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot read the trace {path}: {error.strerror}; `tapeline run` writes one while "
+        "autoscale.enabled is true"
+    )
 
 
 def _entry(path: Path, number: int, line: str) -> Entry:

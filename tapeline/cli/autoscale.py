@@ -25,10 +25,11 @@ def explain(
 ) -> None:
     """Say why there are as many workers and model replicas as there are, by the last decision."""
     from tapeline.autoscale.rules import as_table
-    from tapeline.autoscale.trace import read, trace_path
+    from tapeline.autoscale.trace import last as last_of
+    from tapeline.autoscale.trace import trace_path
 
     path = trace or trace_path(given_settings(ctx))
-    last = {entry.role: entry for entry in read(path)}
+    last = last_of(path)
     if not last:
         raise ConfigError(f"{path} holds no decision yet; wait for autoscale.period_s")
     if json:

@@ -67,16 +67,17 @@ def run(ctx: typer.Context, json: JsonOption = False) -> None:
         application = ServeApplication(settings)
         application.deploy()
         err().print(f"running on Ray at {address}; Ctrl-C ends it")
-        while not ended.wait(_REFRESH_S):
-            if reloading.is_set():
-                reloading.clear()
-                _reconfigure(application, ctx)
-            if err().is_terminal:
-                counts = total_counts(application.statistics())
-                spinner.update(
-                    f"{sum(lane.records for lane in counts.values()):,} events in, "
-                    f"{sum(lane.features for lane in counts.values()):,} features out"
-                )
+        with application.metrics():
+            while not ended.wait(_REFRESH_S):
+                if reloading.is_set():
+                    reloading.clear()
+                    _reconfigure(application, ctx)
+                if err().is_terminal:
+                    counts = total_counts(application.statistics())
+                    spinner.update(
+                        f"{sum(lane.records for lane in counts.values()):,} events in, "
+                        f"{sum(lane.features for lane in counts.values()):,} features out"
+                    )
         spinner.update("finishing what is in flight")
         workers = application.drain()
         application.delete()

@@ -5,9 +5,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.guard import ResourceGuard, ResourceUsage, Restraint
+from consumers.guard import ResourceGuard, Restraint
 from schemas.guard import RESOURCES, GuardSettings, Resource
 from schemas.lanes import LaneSettings
+from schemas.resources import ResourceUsage
 
 SETTINGS = GuardSettings()
 CALM = ResourceUsage(0.0, 0.0, 0.0)

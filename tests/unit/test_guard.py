@@ -16,8 +16,7 @@ from prometheus_client import CollectorRegistry
 from stand_ins import FakeModel
 
 from consumers.dedup import open_first_seen
-from consumers.guard import ResourceGuard, ResourceUsage, Restraint
-from consumers.resources import ControlGroup, ResourceMeter
+from consumers.guard import ResourceGuard, Restraint
 from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
 from consumers.worker import Worker
@@ -26,6 +25,7 @@ from inference.engine import load_engine
 from schemas.errors import ConfigError
 from schemas.guard import GuardSettings
 from schemas.placement import pin_thread
+from schemas.resources import ControlGroup, ResourceMeter, ResourceUsage
 from schemas.settings import ModelSettings, load_settings
 from tapeline.app import run_worker
 

@@ -1,4 +1,4 @@
-"""What is in use of this machine: processor, memory and GPU memory, as fractions."""
+"""What is in use of this machine: processor, memory and GPU, as fractions."""
 
 import os
 import time
@@ -9,9 +9,16 @@ from typing import Any, NamedTuple
 import psutil
 import structlog
 
-from consumers.guard import ResourceUsage
-
 _log = structlog.get_logger(__name__)
+
+
+class ResourceUsage(NamedTuple):
+    """What is in use, as fractions of what may be used; None: there is none, or it is unknown."""
+
+    cpu: float
+    memory: float
+    gpu_memory: float | None = None
+    gpu: float | None = None
 
 
 class ResourceMeter:
@@ -22,8 +29,8 @@ class ResourceMeter:
     - Memory: the machine's.
     - Of both, too, what the control group allows this process, which the machine's figures do not
       show: the fuller of the two counts.
-    - GPU memory: the fullest GPU among those that ``CUDA_VISIBLE_DEVICES`` names, else of this
-      machine; whoever used it. None without ``gpu``, and where no NVIDIA driver answers.
+    - GPU and its memory: the fullest GPU among those that ``CUDA_VISIBLE_DEVICES`` names, else of
+      this machine; whoever used it. None without ``gpu``, and where no NVIDIA driver answers.
 
     Args:
         gpu: whether to look for one.
@@ -37,9 +44,9 @@ class ResourceMeter:
 
     def read(self) -> ResourceUsage:
         return ResourceUsage(
-            cpu=max(self._cpu(), self._group.cpu()),
-            memory=max(psutil.virtual_memory().percent / 100, self._group.memory()),
-            gpu_memory=self._gpu_memory(),
+            max(self._cpu(), self._group.cpu()),
+            max(psutil.virtual_memory().percent / 100, self._group.memory()),
+            *self._gpu(),
         )
 
     def _cpu(self) -> float:
@@ -60,18 +67,22 @@ class ResourceMeter:
         idle_s = sum(one.idle + getattr(one, "iowait", 0) for one in mine)
         return all_s - idle_s, all_s
 
-    def _gpu_memory(self) -> float | None:
+    def _gpu(self) -> tuple[float | None, float | None]:
+        """Memory, and the share of time in which a kernel ran."""
         if not self._gpus:
-            return None
+            return None, None
         import pynvml
 
         try:
             memory = [pynvml.nvmlDeviceGetMemoryInfo(gpu) for gpu in self._gpus]
+            rates = [pynvml.nvmlDeviceGetUtilizationRates(gpu) for gpu in self._gpus]
         except pynvml.NVMLError as error:
-            _log.warning("gpu_memory_unknown", reason=str(error))
+            _log.warning("gpu_use_unknown", reason=str(error))
             self._gpus = []
-            return None
-        return max(float(one.used / one.total) for one in memory)
+            return None, None
+        return max(float(one.used / one.total) for one in memory), max(
+            float(one.gpu) / 100 for one in rates
+        )
 
 
 class _CpuUse(NamedTuple):
@@ -169,9 +180,9 @@ def _open_gpus() -> list[Any]:
         numbers = named or map(str, range(pynvml.nvmlDeviceGetCount()))
         return [_open_gpu(pynvml, one.strip()) for one in numbers]
     except ImportError:
-        _log.warning("gpu_memory_unknown", reason="nvidia-ml-py is not installed")
+        _log.warning("gpu_use_unknown", reason="nvidia-ml-py is not installed")
     except pynvml.NVMLError as error:
-        _log.warning("gpu_memory_unknown", reason=str(error))
+        _log.warning("gpu_use_unknown", reason=str(error))
     return []
 
 

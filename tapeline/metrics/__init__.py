@@ -1,0 +1,1 @@
+"""What the outside sees of a running processor: Prometheus metrics, and where they are."""
