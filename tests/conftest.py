@@ -99,13 +99,24 @@ def make_settings(kafka: str, redis_url: str, tmp_path: Path) -> MakeSettings:
     Takes what ``load_settings`` takes. Topics, groups and Redis keys of every lane carry a fresh
     prefix per call; no topic exists yet (``tapeline.topics.ensure_topics`` makes them).
     """
+    return _settings_maker(kafka, redis_url, tmp_path)
 
+
+@pytest.fixture(scope="module")
+def make_module_settings(
+    kafka: str, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> MakeSettings:
+    """The same for what the tests of a module share."""
+    return _settings_maker(kafka, redis_url, tmp_path_factory.mktemp("module"))
+
+
+def _settings_maker(kafka: str, redis_url: str, folder: Path) -> MakeSettings:
     def make(**overrides: Any) -> Settings:
         unique = f"t{uuid.uuid4().hex[:10]}"
         ours: dict[str, Any] = {
             "kafka": {"bootstrap_servers": kafka},
             "redis": {"url": redis_url, "key_prefix": f"{unique}:seen:"},
-            "state_dir": tmp_path / "state",
+            "state_dir": folder / "state",
         }
         lanes = dict(overrides.pop("lanes", {}))
         ours["lanes"] = {
