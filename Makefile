@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: setup  ## the whole processor on this machine, no Kafka, Redis, Java or GPU
 	$(BIN)/tapeline demo
 
-test: check parts  ## everything, against real Kafka, Redis and Ray
-	$(BIN)/pytest
+test: check  ## everything, against real Kafka, Redis, Ray and Prometheus
+	@ops/parts.sh prometheus
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 chaos: setup parts  ## the failure drills, long: CHAOS="--drill worker-kill --count 100" chooses
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)

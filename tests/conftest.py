@@ -46,6 +46,17 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes (``pytest -n``) tells the one that reports what it used."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["versions"] = session.config.stash[_VERSIONS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_VERSIONS].update(getattr(node, "workeroutput", {}).get("versions", {}))
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
