@@ -18,9 +18,10 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.lanes.load import own_topics
-from benchmarks.tape import parts, processor, this_machine, worker_metrics
+from benchmarks.tape import parts, processor, worker_metrics
 from schemas.messages import MarketEvent
 from schemas.settings import Settings
+from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 from tapeline.producer import MarketEventProducer
 from tapeline.sources import open_source

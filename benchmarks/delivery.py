@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from benchmarks.tape import Passage, Tape, parts, processor, this_machine
+from benchmarks.tape import Passage, Tape, parts, processor
 from schemas.settings import Settings
+from tapeline.machine import this_machine
 
 AT_LEAST_ONCE, EXACTLY_ONCE = "at_least_once", "exactly_once"
 _UNCOUNTED_SHARE = 0.2  # of each play, at its beginning

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.lanes.load import FIRST_LANE, Feed, in_turn, own_topics, play, read_back, warm_up
-from benchmarks.tape import parts, processor, this_machine, worker_metrics
+from benchmarks.tape import parts, processor, worker_metrics
 from schemas.settings import Settings
+from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 
 _BESIDE = "background"

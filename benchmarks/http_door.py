@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from benchmarks.tape import parts, this_machine
+from benchmarks.tape import parts
 from schemas.settings import Settings
 from tapeline.app import ServeApplication, ray_session
+from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 from tapeline.topics import ensure_topics
 

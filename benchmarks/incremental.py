@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.tape import this_machine
 from inference.artifact import typical_windows
 from inference.model import CnnLstm
 from inference.seeded import seeded_artifact
+from tapeline.machine import this_machine
 
 _SIZES = (1, 4, 16, 64)
 _EDGE = 2  # steps at each end whose convolutions see the padding

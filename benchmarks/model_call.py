@@ -26,7 +26,6 @@ import numpy as np
 import ray
 from ray import serve
 
-from benchmarks.tape import this_machine
 from inference.client import ModelDescription
 from inference.deployment import build_model_deployment
 from inference.engine import load_engine
@@ -34,6 +33,7 @@ from inference.remote import ServeInferencer
 from inference.shared import BlockName, Mappings, Written
 from schemas.settings import Settings, load_settings
 from tapeline.app import ray_session
+from tapeline.machine import this_machine
 
 _WAYS = ("nothing", "shared", "value")
 

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from benchmarks.tape import Tape, parts, processor, this_machine
+from benchmarks.tape import Tape, parts, processor
 from schemas.settings import Settings
+from tapeline.machine import this_machine
 
 
 @dataclass(frozen=True, slots=True)

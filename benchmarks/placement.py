@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.tape import Tape, parts, processor, this_machine
+from benchmarks.tape import Tape, parts, processor
 from schemas.settings import Settings
+from tapeline.machine import this_machine
 
 _UNCOUNTED_SHARE = 0.2  # of each play, at its beginning
 

@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.tape import this_machine
 from consumers.records import Record
 from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
 from schemas.settings import load_settings
+from tapeline.machine import this_machine
 
 _POLLED = 500  # records that a poller brings at once
 _NUM_WAITING = 4_096  # of each lane, at most

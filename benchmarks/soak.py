@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import psutil
 
-from benchmarks.tape import Passage, Reader, Tape, parts, processor, this_machine
+from benchmarks.tape import Passage, Reader, Tape, parts, processor
 from schemas.settings import Settings
 from tapeline.lag import lane_lags
+from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 from tapeline.producer import MarketEventProducer
 from tapeline.subscriber import FeatureSubscriber

@@ -1,7 +1,6 @@
 """What the benchmarks of the whole stream share: the parts, the processor, the load."""
 
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,6 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -196,33 +194,3 @@ class Reader:
 
 def _now_us() -> int:
     return time.time_ns() // 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Where figures come from."""
-
-    cpu: str
-    num_cores: int
-    load_1m: float
-    python: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_cores} cores of {self.cpu}, load {self.load_1m:.1f} at the start, "
-            f"Python {self.python}"
-        )
-
-
-def this_machine() -> Machine:
-    """Its load too: figures of a busy machine are figures of that."""
-    return Machine(
-        _cpu_name(), psutil.cpu_count() or 0, os.getloadavg()[0], platform.python_version()
-    )
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

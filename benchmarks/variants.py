@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.tape import this_machine
 from inference.artifact import Artifact, typical_windows
 from inference.seeded import seeded_artifact
+from tapeline.machine import this_machine
 
 _SIZES = (1, 4, 16, 64)
 Variant = Callable[[Tensor], Tensor]

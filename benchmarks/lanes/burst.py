@@ -19,11 +19,12 @@ from benchmarks.lanes.load import (
     read_back,
     warm_up,
 )
-from benchmarks.tape import Passage, parts, processor, this_machine
+from benchmarks.tape import Passage, parts, processor
 from consumers.records import Record
 from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
 from schemas.settings import Settings
+from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 
 _BURST_LANE = "historical"

@@ -11,10 +11,11 @@ import numpy as np
 import psutil
 
 from benchmarks.lanes.load import FIRST_LANE, Feed, in_turn, own_topics, play, warm_up
-from benchmarks.tape import Passage, module_process, parts, processor, this_machine
+from benchmarks.tape import Passage, module_process, parts, processor
 from inference.engine import Engine, load_engine
 from schemas.settings import Settings
 from schemas.timing import STAGES
+from tapeline.machine import this_machine
 
 WORKER, RUN, BATCHED, UNTIMED = "worker", "run", "serve-batch-10ms", "serve-batch-0ms"
 MODES = (WORKER, RUN, BATCHED, UNTIMED)

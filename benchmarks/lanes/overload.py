@@ -21,11 +21,12 @@ from benchmarks.lanes.load import (
     warm_up,
     work_off,
 )
-from benchmarks.tape import Passage, parts, processor, this_machine
+from benchmarks.tape import Passage, parts, processor
 from benchmarks.virtual import Station, shares, simulate_lanes, steady
 from schemas.lanes import LaneSettings
 from schemas.settings import Settings
 from schemas.timing import STAGES
+from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 
 ALONE, LANES, FIFO, STRICT = "alone", "lanes", "fifo", "strict"

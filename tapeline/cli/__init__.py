@@ -15,7 +15,19 @@ import typer
 from typer.core import TyperGroup
 
 from schemas.errors import ConfigError, TapelineError
-from tapeline.cli import audit, autoscale, dlq, features, lag, model, stack, stream, tape
+from tapeline.cli import (
+    audit,
+    autoscale,
+    bench,
+    dlq,
+    features,
+    lag,
+    model,
+    stack,
+    stream,
+    tape,
+    top,
+)
 from tapeline.cli.terminal import GlobalOptions
 
 
@@ -47,11 +59,12 @@ app = typer.Typer(
 _COMMANDS: list[Callable[..., None]] = [
     *(stack.up, stack.down, stack.status, stack.doctor, stack.topics),
     *(tape.produce, tape.simulate, features.subscribe),
-    *(stream.demo, stream.run, stream.worker, lag.lag, audit.audit),
+    *(stream.demo, stream.run, stream.worker, lag.lag, top.top, audit.audit),
 ]
 for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(autoscale.app, name="autoscale")
+app.add_typer(bench.app, name="bench")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(model.app, name="model")
 
