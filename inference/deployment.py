@@ -20,7 +20,8 @@ from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
 from schemas.exposition import Target, expose, node_address
 from schemas.pauses import spare_what_is_loaded
-from schemas.settings import MetricsSettings, ModelSettings, ServeSettings, WindowSettings
+from schemas.settings import ModelSettings, ServeSettings, WindowSettings
+from schemas.sla import MetricsSettings
 
 DEPLOYMENT_NAME = MODEL_NAME
 

@@ -27,6 +27,7 @@ from schemas.errors import ConfigError
 from schemas.guard import GuardSettings
 from schemas.http import HttpSettings
 from schemas.lanes import DEFAULT_LANES, Fraction, LaneSettings, Section, check_relations
+from schemas.sla import MetricsSettings, SlaSettings
 
 ENV_PREFIX = "TAPELINE_"
 CONFIG_FILE_ENV = "TAPELINE_CONFIG"
@@ -231,18 +232,6 @@ class ServeSettings(Section):
     )
 
 
-class MetricsSettings(Section):
-    """Prometheus."""
-
-    port: int = Field(
-        0,
-        ge=0,
-        le=65_535,
-        description="Of `tapeline worker` and `tapeline run`: `/metrics`, and `/targets` for all "
-        "others; 0: no endpoint.",
-    )
-
-
 class Settings(BaseSettings):
     """Everything that can be set. Build it with ``load_settings``."""
 
@@ -267,6 +256,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     autoscale: AutoscaleSettings = AutoscaleSettings()
     metrics: MetricsSettings = MetricsSettings()
+    sla: SlaSettings = SlaSettings()
     state_dir: Path = Field(Path(".tapeline"), description="What `tapeline up` keeps.")
 
     @field_validator("lanes", mode="before")

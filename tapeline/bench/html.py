@@ -110,7 +110,7 @@ def _plots(report: BenchReport) -> list[str]:
             axes.barh([""], [ms], left=left, label=f"{stage} {ms:.1f}")
             left += ms
         axes.set(xlabel="mean ms of a feature")
-        axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+        axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
 
     drawn = [
         ("Latency: how slow the slowest were", percentiles, 3.2),

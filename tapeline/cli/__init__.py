@@ -23,6 +23,7 @@ from tapeline.cli import (
     features,
     lag,
     model,
+    sla,
     stack,
     stream,
     tape,
@@ -59,7 +60,7 @@ app = typer.Typer(
 _COMMANDS: list[Callable[..., None]] = [
     *(stack.up, stack.down, stack.status, stack.doctor, stack.topics),
     *(tape.produce, tape.simulate, features.subscribe),
-    *(stream.demo, stream.run, stream.worker, lag.lag, top.top, audit.audit),
+    *(stream.demo, stream.run, stream.worker, lag.lag, top.top, sla.sla, audit.audit),
 ]
 for _command in _COMMANDS:
     app.command()(_command)

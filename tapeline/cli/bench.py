@@ -2,12 +2,12 @@
 
 import asyncio
 import datetime
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from schemas.settings import Settings
     from tapeline.bench.loops import Outcome, Progress, Target
     from tapeline.bench.report import BenchReport
+    from tapeline.metrics.scrape import Scrape
     from tapeline.metrics.snapshot import Snapshot
+
+    Ask: TypeAlias = Callable[[Target, float, Progress], Awaitable[list[Outcome]]]
 
 app = typer.Typer(
     help="Put load on a running processor or a model, and measure it.", no_args_is_help=True
@@ -40,7 +43,7 @@ LaneOption = Annotated[str, typer.Option(help="Of --of pipeline.")]
 SymbolsOption = Annotated[int, typer.Option(help="Of --of pipeline.", min=1)]
 WindowsOption = Annotated[int, typer.Option(help="A request, of --of deployment.", min=1)]
 TimeoutOption = Annotated[float, typer.Option(help="Then a request has failed.", min=0.1)]
-OutOption = Annotated[Path | None, typer.Option(help="Write the report there, JSON.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write the report there, JSON.")]
 HtmlOption = Annotated[Path | None, typer.Option(help="And there, with plots; one file.")]
 
 
@@ -79,7 +82,7 @@ def latency(
     symbols: SymbolsOption = 10,
     windows: WindowsOption = 1,
     timeout: TimeoutOption = 10,
-    out_file: Annotated[Path | None, typer.Option("--out", help="Write the report, JSON.")] = None,
+    out_file: OutOption = None,
     html: HtmlOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -88,11 +91,10 @@ def latency(
 
     options = _Options(of, seconds, warm_up, seed, lane, symbols, windows, timeout)
 
-    async def measure(target: "Target", progress: "Progress") -> "list[Outcome]":
-        await closed_loop(target, warm_up, timeout, lambda _: None)
-        return await closed_loop(target, seconds, timeout, progress)
+    async def ask(target: "Target", for_s: float, progress: "Progress") -> "list[Outcome]":
+        return await closed_loop(target, for_s, timeout, progress)
 
-    _show(_run(ctx, "latency", options, measure, options.told()), out_file, html, json)
+    _show(_run(ctx, "latency", options, ask, ask, options.told()), out_file, html, json)
 
 
 @app.command()
@@ -107,7 +109,7 @@ def load(
     symbols: SymbolsOption = 10,
     windows: WindowsOption = 1,
     timeout: TimeoutOption = 10,
-    out_file: Annotated[Path | None, typer.Option("--out", help="Write the report, JSON.")] = None,
+    out_file: OutOption = None,
     html: HtmlOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -120,11 +122,10 @@ def load(
 
     options = _Options(of, seconds, warm_up, seed, lane, symbols, windows, timeout)
 
-    async def measure(target: "Target", progress: "Progress") -> "list[Outcome]":
-        await open_loop(target, arrivals(rate, warm_up, seed + 1), timeout, lambda _: None)
-        return await open_loop(target, arrivals(rate, seconds, seed), timeout, progress)
+    async def ask(target: "Target", for_s: float, progress: "Progress") -> "list[Outcome]":
+        return await open_loop(target, arrivals(rate, for_s, seed), timeout, progress)
 
-    report = _run(ctx, "load", options, measure, options.told(rate_hz=rate))
+    report = _run(ctx, "load", options, ask, ask, options.told(rate_hz=rate))
     _show(report, out_file, html, json)
 
 
@@ -142,7 +143,7 @@ def stress(
     symbols: SymbolsOption = 10,
     windows: WindowsOption = 1,
     timeout: TimeoutOption = 10,
-    out_file: Annotated[Path | None, typer.Option("--out", help="Write the report, JSON.")] = None,
+    out_file: OutOption = None,
     html: HtmlOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -156,14 +157,15 @@ def stress(
     options = _Options(of, seconds, warm_up, seed, lane, symbols, windows, timeout)
     steps: list[Step] = []
 
-    async def measure(target: "Target", progress: "Progress") -> "list[Outcome]":
-        await open_loop(target, arrivals(rate, warm_up, seed + 1), timeout, lambda _: None)
+    async def warm(target: "Target", for_s: float, progress: "Progress") -> "list[Outcome]":
+        return await open_loop(target, arrivals(rate, for_s, seed), timeout, progress)
+
+    async def ask(target: "Target", for_s: float, progress: "Progress") -> "list[Outcome]":
         best: list[Outcome] = []
         now_hz = rate
         while True:
-            due = arrivals(now_hz, seconds, seed)
-            outcomes = await open_loop(target, due, timeout, progress)
-            too_much = is_overwhelmed(outcomes, seconds, max_errors)
+            outcomes = await open_loop(target, arrivals(now_hz, for_s, seed), timeout, progress)
+            too_much = is_overwhelmed(outcomes, for_s, max_errors)
             steps.append(step(options.weight * now_hz, outcomes, options.weight, too_much))
             err().print(f"{now_hz:,.0f}/s: {too_much or 'kept up'}", highlight=False)
             if too_much:
@@ -171,31 +173,36 @@ def stress(
             best, now_hz = outcomes, now_hz * factor
 
     told = options.told(first_rate_hz=rate, factor=factor, max_errors=max_errors)
-    _show(_run(ctx, "stress", options, measure, told, steps), out_file, html, json)
+    _show(_run(ctx, "stress", options, warm, ask, told, steps), out_file, html, json)
 
 
 def _run(
     ctx: typer.Context,
     kind: str,
     options: _Options,
-    measure: Any,
+    warm: "Ask",
+    ask: "Ask",
     told: dict[str, Any],
     steps: "list[Any] | None" = None,
 ) -> "BenchReport":
     from tapeline.bench.report import BenchReport, summary
     from tapeline.machine import this_machine
+    from tapeline.metrics.snapshot import snapshot
 
     settings = settings_of(ctx)
 
-    async def run() -> "list[Outcome]":
+    async def run() -> "tuple[list[Outcome], Snapshot | None]":
         async with _target(settings, options) as target:
+            await warm(target, options.warm_up, lambda _: None)
+            before = await asyncio.to_thread(_look, settings)
             with _progress(options.seconds) as progress:
-                outcomes: list[Outcome] = await measure(target, progress)
-                return outcomes
+                outcomes = await ask(target, options.seconds, progress)
+            after = await asyncio.to_thread(_look, settings)
+        return outcomes, snapshot(before, after) if before and after else None
 
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with _session(settings, options), _watching(settings) as seen:
-        outcomes = asyncio.run(run())
+    with _session(settings, options):
+        outcomes, seen = asyncio.run(run())
     return BenchReport(
         kind=kind,
         target=str(options.of),
@@ -227,31 +234,22 @@ def _session(settings: "Settings", options: _Options) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _watching(settings: "Settings") -> "Iterator[list[Snapshot]]":
-    """What the processor's metrics say of the time in between, if ``metrics.port`` is set."""
+def _look(settings: "Settings") -> "Scrape | None":
+    """At the processor's metrics, if ``metrics.port`` is set."""
     from tapeline.metrics.scrape import scrape
-    from tapeline.metrics.snapshot import snapshot
 
-    seen: list[Snapshot] = []
-    url = f"http://127.0.0.1:{settings.metrics.port}"
     if not settings.metrics.port:
-        yield seen
-        return
+        return None
     try:
-        before = scrape(url)
+        return scrape(f"http://127.0.0.1:{settings.metrics.port}")
     except TapelineError as error:
         err().print(f"no metrics: {error}", highlight=False)
-        yield seen
-        return
-    yield seen
-    seen.append(snapshot(before, scrape(url)))
+        return None
 
 
-def _seen_fields(seen: "list[Snapshot]") -> dict[str, Any]:
-    if not seen:
+def _seen_fields(now: "Snapshot | None") -> dict[str, Any]:
+    if not now:
         return {}
-    now = seen[0]
     use = {
         name: [value for one in now.processes if (value := getattr(one, name)) is not None]
         for name in ("cpu", "memory", "gpu")

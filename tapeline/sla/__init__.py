@@ -1,0 +1,1 @@
+"""Are the promises kept, and if not, whose fault is it."""
