@@ -8,7 +8,7 @@ demo: setup  ## the whole processor on this machine, no Kafka, Redis, Java or GP
 	$(BIN)/tapeline demo
 
 test: check  ## everything, against real Kafka, Redis, Ray and Prometheus
-	@ops/parts.sh prometheus
+	@ops/parts.sh prometheus chromium
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 chaos: setup parts  ## the failure drills, long: CHAOS="--drill worker-kill --count 100" chooses

@@ -10,6 +10,7 @@ import pytest
 import ray
 from numpy.typing import NDArray
 from ray import serve
+from replica_process import replica_process
 
 from inference.deployment import build_model_deployment
 from inference.engine import Engine, load_engine
@@ -76,12 +77,8 @@ def test_windows_lie_in_memory_that_the_replica_sees_and_lets_go_of(handle: Any)
 
 
 def num_mapped() -> int:
-    [process] = (
-        path.parent
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if path.read_bytes().startswith(b"ray::ServeReplica:" + APP_NAME.encode() + b":")
-    )
-    return (process / "maps").read_text().count("/memfd:tapeline-")
+    pid = replica_process(APP_NAME).pid
+    return Path(f"/proc/{pid}/maps").read_text().count("/memfd:tapeline-")
 
 
 def test_a_replica_out_of_reach_is_sent_the_windows(

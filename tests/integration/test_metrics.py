@@ -1,23 +1,33 @@
 """One run of the real processor, seen through a real Prometheus: every metric, every panel."""
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from confluent_kafka import Producer
 from pipeline import LONG_S
 from prometheus import FOLDER, Prometheus, prometheus
+from replica_process import replica_process
+from typer.testing import CliRunner
 from waiting import wait_until
 
 from consumers.metrics import LaneCounts
 from inference.artifact import save_artifact
 from inference.model import ModelConfig
 from inference.seeded import seeded_artifact
-from schemas.settings import Settings
+from schemas.settings import Settings, as_environment
+from schemas.timing import STAGES
 from tapeline.app import ServeApplication, total_counts
+from tapeline.bench.loops import Outcome, arrivals, open_loop
+from tapeline.bench.report import BenchReport, summary
+from tapeline.bench.targets import PipelineTarget
+from tapeline.cli import app
 from tapeline.processes import find_program, free_ports, program_output
 from tapeline.producer import MarketEventProducer
 from tapeline.simulator import simulate, symbol_names
@@ -28,6 +38,7 @@ LANE, CACHED_LANE = "realtime", "historical"
 SMALL = ModelConfig(conv_channels=(8,), lstm_hidden=16, lstm_layers=1, num_features=8)
 NUM_EVENTS = 600
 SYMBOLS = symbol_names(4)
+LOAD_S, STALL_S = 6.0, 1.5
 PARTS = {"run", "worker", "model"}
 BOARD = FOLDER.parent / "grafana" / "dashboards" / "tapeline.json"
 # What needs a GPU, or something to go wrong.
@@ -40,6 +51,8 @@ class Run:
 
     server: Prometheus
     counts: dict[str, LaneCounts]
+    settings: Settings
+    port: int
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +82,7 @@ def run(
                 "Prometheus to find every process",
             )
             produce(settings)
-            yield Run(server, counts_at_rest(application))
+            yield Run(server, counts_at_rest(application), settings, port or 0)
     finally:
         application.delete()
 
@@ -176,3 +189,69 @@ def test_every_alert_fires_and_clears_and_has_a_page() -> None:
     assert names == re.findall(r"- name: (\w+)", tests.read_text())
     runbook = (Path(__file__).parents[2] / "docs" / "runbook.md").read_text()
     assert re.findall(r"^## (\w+)$", runbook, re.M) == names
+
+
+def test_the_page_shows_it_in_a_browser(run: Run, tmp_path: Path) -> None:
+    browser = find_program("chromium", package="chromium", wanted_for="testing the page")
+    page = program_output(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
+         f"--user-data-dir={tmp_path}", "--dump-dom", f"http://127.0.0.1:{run.port}/"],
+        timeout_s=LONG_S,
+    )  # fmt: skip
+    assert 'class="bad"' not in page
+    for shown in ("cnn-lstm-seeded@", "1 running", LANE, "polyline"):
+        assert shown in page, page
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    lane = cells.index(LANE)
+    assert cells[lane + 10 : lane + 12] == ["7", "1"]  # duplicates, dead letters
+
+
+def test_a_stall_of_the_model_is_in_the_percentiles(run: Run) -> None:
+    """The load goes on while the replica stands still, and so does the clock of each request."""
+    replica = replica_process(run.settings.serve.app_name)
+    stall = threading.Thread(target=stand_still, args=(replica,))
+
+    def progress(due_s: float) -> None:
+        if due_s > LOAD_S / 3 and not stall.ident:
+            stall.start()
+
+    async def ask() -> list[Outcome]:
+        async with PipelineTarget(run.settings, LANE, 2, seed=0) as target:
+            return await open_loop(target, arrivals(60, LOAD_S, 0), LONG_S, progress)
+
+    told = summary(asyncio.run(ask()))
+    stall.join()
+    assert told["answered"] == told["asked"]
+    assert told["latency_ms"]["p90"] > 1000 * STALL_S / 3
+    assert told["latency_ms"]["p50"] < told["latency_ms"]["p90"] / 2
+    slow = [one for one in told["seconds"] if (one.p99_ms or 0) > 1000 * STALL_S / 3]
+    assert len(slow) < LOAD_S / 2
+
+
+def stand_still(process: psutil.Process) -> None:
+    process.suspend()
+    threading.Event().wait(STALL_S)
+    process.resume()
+
+
+def test_bench_and_sla_by_their_commands(run: Run, tmp_path: Path) -> None:
+    environment = as_environment(run.settings)
+    path = tmp_path / "report.json"
+    words = ["bench", "latency", "--seconds", "1", "--warm-up", "0", "--symbols", "2"]
+    done = CliRunner().invoke(app, [*words, "--out", str(path)], env=environment)
+    assert done.exit_code == 0, done.output
+    report = BenchReport.read(path)
+    assert report.asked == report.answered > 0
+    assert set(report.stages_ms) == set(STAGES)
+    assert report.windows_a_call == 1
+    done = CliRunner().invoke(app, ["sla", str(path), "--json"], env=environment)
+    checks = {one["name"]: one for one in json.loads(done.output)["checks"]}
+    assert checks["errors"]["verdict"] == "kept"
+    assert checks["features/s, peak"]["verdict"] == "unknown"
+    url = run.server.url
+    words = ["sla", "--prometheus", url, "--over", "5m", "--lane", LANE, "--json"]
+    found = json.loads(CliRunner().invoke(app, words, env=environment).output)
+    checks = {one["name"]: one for one in found["checks"]}
+    assert checks["latency p99, ms"]["value"] > 0
+    assert checks["errors"]["value"] == 0
+    assert checks["latency max, ms"]["verdict"] == "unknown"

@@ -83,9 +83,11 @@ def test_who_cannot_name_the_others_says_why() -> None:
     def others() -> list[Target]:
         raise TransientError("deployment worker does not answer")
 
-    with metrics_server(0, CollectorRegistry(), others, "run") as port:
-        with pytest.raises(TransientError, match="deployment worker does not answer"):
-            scrape(f"http://127.0.0.1:{port}")
+    with (
+        metrics_server(0, CollectorRegistry(), others, "run") as port,
+        pytest.raises(TransientError, match="deployment worker does not answer"),
+    ):
+        scrape(f"http://127.0.0.1:{port}")
 
 
 def test_top_without_a_port_says_how_to_get_one() -> None:
