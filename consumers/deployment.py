@@ -18,6 +18,7 @@ from consumers.dedup import open_first_seen
 from consumers.identity import claimed_name, replica_name
 from consumers.logs import configure_logging
 from consumers.metrics import WorkerStatistics
+from consumers.tracing import open_tracing
 from consumers.worker import Worker
 from inference.redeploy import MODEL_NAME, WORKER_NAME, with_version
 from inference.remote import ServeInferencer
@@ -54,6 +55,7 @@ class StreamWorker:
             self._first_seen,
             instance_id=name,
             num_replicas=settings.model.num_replicas,
+            tracing=open_tracing(settings.tracing),
         )
         self._metrics_port = expose(gpu=False) if settings.metrics.port else None
         spare_what_is_loaded()

@@ -3,6 +3,7 @@
 from consumers.budget import BatchTimes, timing_header
 from consumers.parcels import Outgoing
 from consumers.records import Record
+from consumers.tracing import TRACE_HEADER, EventTrace
 from inference.client import Inference
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
@@ -10,7 +11,6 @@ from schemas.lanes import LaneSettings
 from schemas.messages import DeadLetter, FeatureVector, Flags, MarketEvent
 
 SOURCE_APPENDED_HEADER = "source-appended-us"
-TRACE_HEADER = "traceparent"
 ATTEMPTS_HEADER = "dlq-attempts"
 """On a replayed record: how often it has failed before, in decimal."""
 REPLAYED_FROM_HEADER = "dlq-replayed-from"
@@ -48,10 +48,12 @@ class Envelopes:
         row: int,
         flags: Flags,
         times: BatchTimes,
+        trace: EventTrace | None = None,
     ) -> Outgoing:
         """The feature of one event: row ``row`` of ``inference``. Keyed by symbol.
 
-        Carries when its event was appended and, if there is one, the event's trace.
+        Carries when its event was appended and, if there is one, the event's trace: as this worker
+        goes on with it, or as it came.
         """
         topic, number = record.partition
         scores = zip(self._score_names, inference.scores[row].tolist(), strict=True)
@@ -72,7 +74,9 @@ class Envelopes:
         )
         value, headers = self._codec.encode_feature(feature)
         appended = (SOURCE_APPENDED_HEADER, str(record.appended_us).encode())
-        more = [one for one in record.headers if one[0] == TRACE_HEADER]
+        more: list[tuple[str, bytes | None]] = (
+            [trace.header()] if trace else [one for one in record.headers if one[0] == TRACE_HEADER]
+        )
         if self._says_timing:
             more.append(timing_header(record, times))
         return Outgoing(

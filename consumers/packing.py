@@ -1,6 +1,7 @@
 """What a micro-batch comes to: parcels of features and dead letters, one a partition."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from consumers.bisection import Row
 from consumers.breaker import DeadLetterBreaker
@@ -10,6 +11,7 @@ from consumers.intake import Letter, MicroBatch
 from consumers.metrics import LaneCounts
 from consumers.parcels import Parcel
 from consumers.records import Partition
+from consumers.tracing import BatchTrace, Tracing
 from inference.client import ModelDescription
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
@@ -27,7 +29,9 @@ class Packer:
         codec: Codec,
         model: ModelDescription,
         counts: Mapping[str, LaneCounts],
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         worker = settings.worker
         self._envelopes = Envelopes(
             codec, model.channels_version, model.score_names, says_timing=worker.timing_header
@@ -69,27 +73,38 @@ class Packer:
             if not progress.closed
         }
         letters = list(batch.letters)
-        for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
-            if isinstance(row, PoisonRecord):
-                letters.append((item.record, row))
-            elif item.progress.closed:
-                self._counts[item.record.lane].abandoned += 1
-            else:
-                lane = self._lanes[item.record.lane]
-                flags = Flags(int(batch.flags[index]))
-                if row[0].cached:
-                    flags |= Flags.CACHED
-                if lane.is_stale(item.record.appended_us, now_us):
-                    flags |= Flags.STALE
-                parcel = parcels[item.record.partition]
-                parcel.features.append(item.record)
-                parcel.messages.append(
-                    self._envelopes.feature(lane, item.record, item.event, *row, flags, times)
-                )
+        with self._traced(len(batch.items), times) as traced:
+            for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
+                if isinstance(row, PoisonRecord):
+                    letters.append((item.record, row))
+                elif item.progress.closed:
+                    self._counts[item.record.lane].abandoned += 1
+                else:
+                    lane = self._lanes[item.record.lane]
+                    flags = Flags(int(batch.flags[index]))
+                    if row[0].cached:
+                        flags |= Flags.CACHED
+                    if lane.is_stale(item.record.appended_us, now_us):
+                        flags |= Flags.STALE
+                    parcel = parcels[item.record.partition]
+                    trace = traced.begin(item.record) if traced else None
+                    if trace:
+                        parcel.traces.append(trace)
+                    parcel.features.append(item.record)
+                    parcel.messages.append(
+                        self._envelopes.feature(
+                            lane, item.record, item.event, *row, flags, times, trace
+                        )
+                    )
         self._watch_for_flood(batch, letters)
         for letter in letters:
             self._pack_letter(parcels, letter, model_version, now_us)
         return list(parcels.values())
+
+    def _traced(
+        self, num_windows: int, times: BatchTimes
+    ) -> AbstractContextManager[BatchTrace | None]:
+        return self._tracing.batch(num_windows, times) if self._tracing else nullcontext()
 
     def _pack_letter(
         self,

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from consumers.offsets import PartitionProgress, Span
 from consumers.records import Record
+from consumers.tracing import EventTrace
 from schemas.errors import PoisonRecord
 
 
@@ -29,6 +30,7 @@ class Parcel:
         messages: features in offset order, and dead letters; none if every record is a duplicate
             or warms a window up.
         features, letters: the records that have one among the messages.
+        traces: of the features' events that are traced.
         delivered: True when all of it is durable; False when it is void, for whoever owns the
             partition then to do again.
     """
@@ -39,6 +41,7 @@ class Parcel:
     messages: list[Outgoing] = field(default_factory=list)
     features: list[Record] = field(default_factory=list)
     letters: list[tuple[Record, PoisonRecord]] = field(default_factory=list)
+    traces: list[EventTrace] = field(default_factory=list)
     delivered: asyncio.Future[bool] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )

@@ -31,6 +31,7 @@ from consumers.publisher import Publisher
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from consumers.scheduler import LaneScheduler
 from consumers.service_times import ServiceTimes
+from consumers.tracing import Tracing
 from consumers.transactions import LaneTransactions
 from consumers.windows import WindowStore
 from inference.client import Inferencer
@@ -55,6 +56,7 @@ class Worker:
         instance_id: a name that no other worker has now and that this one has again after a
             restart; ``exactly_once`` and ``static_membership`` need it.
         num_replicas: micro-batches that the model works on at once.
+        tracing: None: no spans. Closed with the worker.
         clock: Unix time in seconds, for what is stamped on messages.
     """
 
@@ -66,6 +68,7 @@ class Worker:
         *,
         instance_id: str | None = None,
         num_replicas: int = 1,
+        tracing: Tracing | None = None,
         registry: CollectorRegistry = REGISTRY,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -104,6 +107,7 @@ class Worker:
             self._service_times,
             lambda: len(self._scheduler),
         )
+        self._tracing = tracing
         self._packer: Packer | None = None
         self._pollers: dict[str, LanePoller] = {}
         self._outlets: dict[str, Outlet] = {}
@@ -135,7 +139,7 @@ class Worker:
         model = await self._model.open()
         self._guard.watch(self._settings.guard.watched(model.device))
         self._schedule()
-        self._packer = Packer(self._settings, self._codec, model, self._counts)
+        self._packer = Packer(self._settings, self._codec, model, self._counts, self._tracing)
         self._connect()
         outlets = set(self._outlets.values())
         try:
@@ -161,6 +165,8 @@ class Worker:
             timeout_s = self._limits.drain_timeout_s
             await asyncio.gather(*(outlet.close(timeout_s) for outlet in outlets))
             await self._model.close()
+            if self._tracing:
+                await asyncio.to_thread(self._tracing.close)
             _log.info("worker_stopped", undrained_partitions=self._num_undrained)
 
     def _connect(self) -> None:
@@ -331,10 +337,14 @@ class Worker:
         if delivered.cancelled() or delivered.exception():
             return  # ``_finish`` raises it
         lane, counts = self._lanes[parcel.lane], self._counts[parcel.lane]
+        now_us = self._now_us()
         if not delivered.result():
             counts.abandoned += len(parcel.features) + len(parcel.letters)
+            for trace in parcel.traces:
+                trace.abandon(now_us)
             return
-        now_us = self._now_us()
+        for trace in parcel.traces:
+            trace.end(now_us)
         counts.features += len(parcel.features)
         counts.stale += sum(lane.is_stale(record.appended_us, now_us) for record in parcel.features)
         self._budget.observe(parcel.lane, parcel.features, times, now_us)

@@ -27,7 +27,7 @@ from schemas.errors import ConfigError
 from schemas.guard import GuardSettings
 from schemas.http import HttpSettings
 from schemas.lanes import DEFAULT_LANES, Fraction, LaneSettings, Section, check_relations
-from schemas.sla import MetricsSettings, SlaSettings
+from schemas.sla import MetricsSettings, SlaSettings, TracingSettings
 
 ENV_PREFIX = "TAPELINE_"
 CONFIG_FILE_ENV = "TAPELINE_CONFIG"
@@ -256,6 +256,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     autoscale: AutoscaleSettings = AutoscaleSettings()
     metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
     sla: SlaSettings = SlaSettings()
     state_dir: Path = Field(Path(".tapeline"), description="What `tapeline up` keeps.")
 

@@ -19,6 +19,18 @@ class MetricsSettings(Section):
     )
 
 
+class TracingSettings(Section):
+    """OpenTelemetry; where spans go is said by its standard variables (OTEL_EXPORTER_OTLP_...)."""
+
+    enabled: bool = Field(False, description="Whether workers make spans.")
+    sample_ratio: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Of the events without a trace; one that has a `traceparent` follows its flag.",
+    )
+
+
 class SlaSettings(Section):
     """Promises that `tapeline sla` checks."""
 

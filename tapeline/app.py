@@ -16,6 +16,7 @@ from prometheus_client.registry import REGISTRY, Collector
 from consumers.dedup import open_first_seen
 from consumers.identity import claimed_name
 from consumers.metrics import LaneCounts, WorkerStatistics
+from consumers.tracing import open_tracing
 from consumers.worker import Worker
 from inference.client import LocalInferencer, engine_thread
 from inference.redeploy import MODEL_NAME, WORKER_NAME
@@ -78,7 +79,8 @@ async def run_worker(
     inferencer = LocalInferencer(models, thread)
     first_seen = await open_first_seen(settings.redis)
     with claimed_name(settings) as name:
-        worker = Worker(settings, inferencer, first_seen, instance_id=name)
+        tracing = open_tracing(settings.tracing)
+        worker = Worker(settings, inferencer, first_seen, instance_id=name, tracing=tracing)
 
         def stop() -> None:
             _end_process_after(stop_limit_s(settings))

@@ -17,6 +17,7 @@ from waiting import wait_until
 from consumers.dedup import open_first_seen
 from consumers.identity import claimed_name
 from consumers.metrics import LaneCounts, WorkerStatistics
+from consumers.tracing import open_tracing
 from consumers.worker import Worker
 from inference.client import Inferencer, LocalInferencer
 from inference.engine import Engine
@@ -53,6 +54,7 @@ class RunningWorker:
                     self._inferencer,
                     first_seen,
                     instance_id=name,
+                    tracing=open_tracing(self._settings.tracing),
                     registry=registry,
                 )
                 await self._worker.run()
