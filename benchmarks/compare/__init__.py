@@ -1,0 +1,1 @@
+"""Tapeline beside its peers: the same events, broker, model and machine, in turns."""
