@@ -1,7 +1,7 @@
 """Tapeline beside its peers: the same events, broker, model and machine, in turns.
 
-    python -m benchmarks.compare [--rounds 5] [--backlog 20000] [--seconds 6] [--only tapeline,quix]
-        [--json]
+    python -m benchmarks.compare [--rounds 5] [--kills 1] [--backlog 20000] [--seconds 6]
+        [--only tapeline,quix] [--json]
 
 Contenders: Tapeline's worker; Quix Streams, Faust-streaming and arroyo, each as its documentation
 shows it, pinned (``requirements``) and in an environment of its own; and the loop that one writes
@@ -12,8 +12,8 @@ more (``run_tapeline.py``). Each gets topics of its own on one broker. In each r
   of all its processes an event, and from it events/s a core;
 - half of that rate (at most 4,000/s, what the load itself can bear beside it): latency from append
   to append; resident memory;
-- the same rate again, and ``kill -9`` to all its processes in the middle, then a new start: events
-  without a feature, and features that came twice.
+- in the first ``--kills`` rounds the same rate again, and ``kill -9`` to all its processes in the
+  middle, then a new start: the longest silence, events without a feature, and with two.
 
 Medians over the rounds, least to most in brackets.
 """
@@ -49,12 +49,27 @@ _PEERS = ("quix", "faust", "arroyo")
 _ALL = ("tapeline", *_PEERS, "loop")
 _LANE = "realtime"
 _MAX_RATE_HZ = 4_000.0
-_START_S, _WORK_S, _QUIET_S = 120.0, 180.0, 12.0
+_START_S, _WORK_S = 120.0, 180.0
+_QUIET_S = 75.0  # longer than any contender's session timeout
 _RATE_HZ = 1_000.0  # of the tape
 _avro = {
     name: fastavro.parse_schema(json.loads((_SCHEMAS / f"{name}.avsc").read_text()))
     for name in ("market_event", "feature_vector")
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What came of a ``kill -9`` and a new start.
+
+    Attributes:
+        silent_s: the longest time without a feature.
+        lost, twice: events without a feature, and with two.
+    """
+
+    silent_s: float
+    lost: int
+    twice: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +84,7 @@ class Result:
     p95_ms: float
     p99_ms: float
     memory_mb: float
-    lost: float
-    twice: float
+    death: Death | None
 
 
 def main() -> None:
@@ -80,6 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backlog", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=6, help="of half the rate")
+    parser.add_argument("--kills", type=int, default=1, help="rounds with a kill -9")
     parser.add_argument("--only", default=",".join(_ALL))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -94,7 +109,9 @@ def main() -> None:
             order = [*names[number % len(names) :], *names[: number % len(names)]]
             one = {}
             for name in order:
-                one[name] = _measure(settings, name, pythons[name], feed, options)
+                one[name] = _measure(
+                    settings, name, pythons[name], feed, options, kills=number < options.kills
+                )
                 print(f"round {number + 1}, {name}: {one[name]}", file=sys.stderr, flush=True)
             rounds.append(one)
     if options.json:
@@ -102,15 +119,15 @@ def main() -> None:
         print(json.dumps({"machine": machine, "rounds": found}, indent=2))
         return
     print(f"{machine}; {options.rounds} rounds\n")
-    print(
-        "| | events/s | us an event | events/s a core | at events/s | p50 ms | p95 ms | p99 ms "
-        "| MB | lost | twice |"
-    )
-    print("| --- |" + " ---: |" * 10)
+    names_of = [field.name for field in fields(Result) if field.name != "death"]
+    print("| | " + " | ".join(names_of) + " | silent_s | lost | twice |")
+    print("| --- |" + " ---: |" * (len(names_of) + 3))
     for name in names:
-        cells = [
-            _cell([getattr(one[name], field.name) for one in rounds]) for field in fields(Result)
-        ]
+        results = [one[name] for one in rounds]
+        cells = [_cell([getattr(one, field) for one in results]) for field in names_of]
+        deaths = [one.death for one in results if one.death]
+        for field in ("silent_s", "lost", "twice"):
+            cells.append(_cell([getattr(one, field) for one in deaths]) if deaths else "-")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -142,7 +159,13 @@ def _environment(name: str) -> str:
 
 
 def _measure(
-    settings: Settings, name: str, python: str, feed: Feed, options: argparse.Namespace
+    settings: Settings,
+    name: str,
+    python: str,
+    feed: Feed,
+    options: argparse.Namespace,
+    *,
+    kills: bool,
 ) -> Result:
     lane = settings.lane(_LANE)
     with own_topics(settings, {_LANE: lane}) as own, Sender(own) as sender:
@@ -166,27 +189,28 @@ def _measure(
             topics.wait_for(first, _WORK_S)
             p50_ms, p95_ms, p99_ms = np.percentile(topics.latencies_ms(first), [50, 95, 99])
             memory_mb = contender.memory_mb()
-            middle = len(second) // 2
-            _send_at(sender, second[:middle], half_hz)
-            contender.kill()
-            contender.start()
-            _send_at(sender, second[middle:], half_hz)
-            topics.wait_until_quiet(second)
-            lost, twice = topics.lost_and_twice([*backlog, *first, *second])
+            death = None
+            if kills:
+                middle = len(second) // 2
+                _send_at(sender, second[:middle], half_hz)
+                contender.kill()
+                contender.start()
+                _send_at(sender, second[middle:], half_hz)
+                topics.wait_until_quiet(second)
+                death = topics.death(second, [*backlog, *first, *second])
         finally:
             contender.kill()
     us_an_event = 1e6 * used_s / len(backlog)
     return Result(
-        rate,
-        us_an_event,
-        1e6 / us_an_event,
-        half_hz,
-        p50_ms,
-        p95_ms,
-        p99_ms,
-        memory_mb,
-        lost,
-        twice,
+        events_per_s=rate,
+        us_an_event=us_an_event,
+        per_core=1e6 / us_an_event,
+        half_rate_hz=half_hz,
+        p50_ms=float(p50_ms),
+        p95_ms=float(p95_ms),
+        p99_ms=float(p99_ms),
+        memory_mb=memory_mb,
+        death=death,
     )
 
 
@@ -290,9 +314,13 @@ class _Topics:
             self._in.read(0.2)
         return [self._out.appended_ms[one][0] - self._in.appended_ms[one][0] for one in ids]
 
-    def lost_and_twice(self, events: Sequence[Encoded]) -> tuple[int, int]:
-        found = [len(self._out.appended_ms.get(_event_id(one.value), ())) for one in events]
-        return sum(not number for number in found), sum(number > 1 for number in found)
+    def death(self, around: Sequence[Encoded], all_events: Sequence[Encoded]) -> Death:
+        """Silence among the events around it; lost and twice of all."""
+        out = self._out.appended_ms
+        times_ms = sorted(ms for one in around for ms in out.get(_event_id(one.value), ()))
+        numbers = [len(out.get(_event_id(one.value), ())) for one in all_events]
+        silent_ms = max(np.diff(times_ms)) if len(times_ms) > 1 else 0
+        return Death(silent_ms / 1000, numbers.count(0), sum(number > 1 for number in numbers))
 
 
 class _Reader:
