@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 _POLL_S = 0.1
 _MAX_POLLED = 500
+_FULL_S = 0.002
+_PAUSE_AFTER_S = 0.5  # of a full queue; rebalances wait for so long at most
 _RETRY_PAUSE_S = 0.1
 # librdkafka answers in about 0.5 ms, for which confluent-kafka 2.16 keeps Python's lock: asked
 # before every poll it took a third of the worker's time.
@@ -48,7 +50,7 @@ class PollerStatistics:
     """What a lane's consumer did since its start.
 
     Attributes:
-        paused: the lane's queue is full: what else there is waits in the topic.
+        paused: the lane's queue has been full for a while: what else there is waits in the topic.
         num_assigned, num_revoked, num_lost: partitions, by rebalances.
         num_commits, commit_s: that the broker took, and the seconds until it said so.
     """
@@ -86,8 +88,9 @@ class RecordSink(Protocol):
 class LanePoller:
     """Polls one lane in a thread of its own.
 
-    Backpressure: at the sink's ``max_queued`` the lane's partitions are paused, at half of it they
-    are resumed.
+    Backpressure: while the sink has ``max_queued`` records nothing is polled. If that lasts, the
+    lane's partitions are paused, so that rebalances are heard again, until half of it is left. To
+    pause at once would cost half the throughput: librdkafka throws away what it has fetched.
 
     Args:
         instance_id: this worker's lasting name, if it is a static member of the group.
@@ -112,6 +115,8 @@ class LanePoller:
         self._handed_over = 0
         self._put = 0
         self.statistics = PollerStatistics()
+        self._num_wanted = 0
+        self._heard_s = time.monotonic()
         self._commits_begun_s: deque[float] = deque()
         self._to_commit: SimpleQueue[Sequence[CommitPoint]] = SimpleQueue()
         self._closing = threading.Event()
@@ -172,8 +177,10 @@ class LanePoller:
                     self._go_back()
                 if time.monotonic() - self._place_noted_s > _NOTE_PLACE_EVERY_S:
                     self._note_place()
-                num_wanted = min(self._sink.max_queued(self.lane.name), _MAX_POLLED)
-                self._hand_over(consume_ready(self._consumer, num_wanted, _POLL_S))
+                if self._num_wanted > 0:
+                    self._hand_over(consume_ready(self._consumer, self._num_wanted, _POLL_S))
+                else:
+                    self._closing.wait(_FULL_S)
             self._consumer.close()
         except BaseException as error:
             _log.error("poller_failed", lane=self.lane.name, error=repr(error))
@@ -231,15 +238,20 @@ class LanePoller:
         self._sink.put(self.lane.name, records)
 
     def _adjust_pause(self) -> None:
-        in_hand_over = self._handed_over - self._put
-        queued = self._sink.num_queued(self.lane.name) + in_hand_over
+        """How many records there is room for; where there is none for long, pauses."""
+        now_s = time.monotonic()
         limit = self._sink.max_queued(self.lane.name)
-        if not self.statistics.paused and queued >= limit:
+        room = limit - self._sink.num_queued(self.lane.name) - (self._handed_over - self._put)
+        if room > 0 or self.statistics.paused:
+            self._heard_s = now_s
+        elif now_s - self._heard_s > _PAUSE_AFTER_S:
             self._consumer.pause(self._consumer.assignment())
             self.statistics.paused = True
-        elif self.statistics.paused and queued <= limit // 2:
+        if self.statistics.paused and room >= limit - limit // 2:
             self._consumer.resume(self._consumer.assignment())
             self.statistics.paused = False
+        # Paused, whatever is asked for: nothing comes but rebalances.
+        self._num_wanted = _MAX_POLLED if self.statistics.paused else min(room, _MAX_POLLED)
 
     def _note_place(self) -> None:
         if self._tells_place and not self._closing.is_set():

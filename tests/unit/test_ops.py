@@ -4,6 +4,7 @@ No container runs here. The files it shares with the native stack run for real i
 """
 
 import base64
+import json
 import os
 import re
 from pathlib import Path
@@ -213,3 +214,36 @@ def test_grafana_is_provisioned_from_this_repository() -> None:
     targets = {target: source for source, target, _ in mounts("grafana")}
     assert (ROOT / targets[provider["options"]["path"]]).is_dir()
     assert ROOT / targets["/etc/grafana/provisioning"] == provisioning
+
+
+def test_prometheus_asks_the_app_where_everybody_is() -> None:
+    config = yaml.safe_load((ROOT / "ops/prometheus/prometheus.yml").read_text())
+    (job,) = [one for one in config["scrape_configs"] if one["job_name"] == "tapeline"]
+    port = SERVICES["app"]["environment"]["TAPELINE_METRICS__PORT"]
+    assert [one["url"] for one in job["http_sd_configs"]] == [f"http://app:{port}/targets"]
+    mounted = {Path(target).name for _, target, _ in mounts("prometheus")}
+    assert {"prometheus.yml", *config["rule_files"]} <= mounted
+
+
+def test_the_board_is_whole() -> None:
+    board = json.loads((ROOT / "ops/grafana/dashboards/tapeline.json").read_text())
+    sources = yaml.safe_load(
+        (ROOT / "ops/grafana/provisioning/datasources/prometheus.yml").read_text()
+    )
+    (uid,) = [one["uid"] for one in sources["datasources"]]
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+    for panel in panels:
+        assert panel["description"], panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert {one["datasource"]["uid"] for one in (panel, *panel["targets"])} == {uid}
+    known = {variable["name"] for variable in board["templating"]["list"]}
+    used = set(re.findall(r"\$(\w+)", " ".join(t["expr"] for p in panels for t in p["targets"])))
+    assert used - {"__rate_interval"} == known
