@@ -72,7 +72,7 @@ def test_worker_that_is_short_finishes_every_lane_and_queues_little(
             )
 
         wait_until(ended, LONG_S, "every lane to be finished")
-        assert 0 < most_queued < 2 * max_queued, "what is full, and one helping more"
+        assert 0 < most_queued <= max_queued
     out = features(settings, sum(sent.values()) - len(sent) * WARM_UP)
     assert_once_and_in_order(out)
     assert worker.last_statistics().guard.steps["memory", "hold"] == len(HELD)
