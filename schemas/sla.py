@@ -17,6 +17,11 @@ class MetricsSettings(Section):
         description="Of `tapeline worker` and `tapeline run`: `/metrics`, and `/targets` for all "
         "others; 0: no endpoint.",
     )
+    prometheus: str | None = Field(
+        None,
+        description="Where a Prometheus answers, `http://HOST:9090`: `tapeline top` and the page "
+        "show its alerts.",
+    )
 
 
 class TracingSettings(Section):

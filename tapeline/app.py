@@ -120,7 +120,9 @@ def _worker_metrics(settings: Settings, models: "HostedModels") -> Iterator[None
             ModelCollector(models.statistics, models.calls),
             UtilizationCollector(ResourceMeter(gpu=has_gpu).read),
         ),
-        metrics_server(settings.metrics.port, REGISTRY, list, "worker"),
+        metrics_server(
+            settings.metrics.port, REGISTRY, list, "worker", settings.metrics.prometheus
+        ),
     ):
         yield
 
@@ -234,7 +236,13 @@ class ServeApplication:
         with (
             closing(LagCollector(settings)) as lag,
             _collecting(lag, ApplicationCollector(settings)),
-            metrics_server(settings.metrics.port, REGISTRY, self._metrics_targets, "run") as port,
+            metrics_server(
+                settings.metrics.port,
+                REGISTRY,
+                self._metrics_targets,
+                "run",
+                settings.metrics.prometheus,
+            ) as port,
         ):
             yield port
 

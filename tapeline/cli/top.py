@@ -32,7 +32,7 @@ def top(
 
     from tapeline.metrics.snapshot import Sampler
 
-    sampler = Sampler(url or _default_url(ctx))
+    sampler = Sampler(url or _default_url(ctx), given_settings(ctx).metrics.prometheus)
     if json:
         print_json(sampler.next())
     elif once:
@@ -102,7 +102,12 @@ def view(now: "Snapshot") -> "RenderableType":
         for name, by in now.replicas.items()
     ]  # fmt: skip
     replicas = _table("replicas", ("deployment", "now", "wanted"), states) if states else ""
-    return Group(title, lanes, _stages(now.stages_ms), at_the_model, Columns([processes, replicas]))
+    alerts = Text("\n".join(now.alerts or ()), style="bold red")
+    if not now.alerts:
+        alerts = Text("alerts unknown: metrics.prometheus" if now.alerts is None else "no alert")
+    return Group(
+        title, alerts, lanes, _stages(now.stages_ms), at_the_model, Columns([processes, replicas])
+    )
 
 
 def _stages(stages_ms: Any) -> "RenderableType":

@@ -68,6 +68,19 @@ def scrape(url: str) -> Scrape:
     return Scrape(time.time(), samples, targets, down)
 
 
+def firing(prometheus: str) -> list[str] | None:
+    """What the alerts say that fire now; None: it does not answer."""
+    try:
+        alerts = json.loads(_get(f"{prometheus.rstrip('/')}/api/v1/alerts"))["data"]["alerts"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return sorted(
+        f"{one['labels']['alertname']}: {one['annotations'].get('summary', '')}"
+        for one in alerts
+        if one["state"] == "firing"
+    )
+
+
 class Between:
     """What happened from one look to the next.
 

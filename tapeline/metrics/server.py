@@ -45,7 +45,11 @@ class _Silent(WSGIRequestHandler):
 
 @contextmanager
 def metrics_server(
-    port: int, registry: CollectorRegistry, others: Targets, part: str
+    port: int,
+    registry: CollectorRegistry,
+    others: Targets,
+    part: str,
+    prometheus: str | None = None,
 ) -> Iterator[int]:
     """Serves until the context ends; yields the port.
 
@@ -53,6 +57,7 @@ def metrics_server(
         port: 0: any that is free.
         others: the other processes with metrics; may block, and may raise TapelineError.
         part: what this one is.
+        prometheus: whose alerts the page shows.
 
     Raises ConfigError: the port is taken.
     """
@@ -80,7 +85,7 @@ def metrics_server(
         raise ConfigError(
             f"cannot serve metrics on port {port}: {error.strerror}; set TAPELINE_METRICS__PORT"
         ) from error
-    sampler = Sampler(f"http://127.0.0.1:{server.server_port}")
+    sampler = Sampler(f"http://127.0.0.1:{server.server_port}", prometheus)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:

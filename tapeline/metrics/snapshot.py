@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from schemas.timing import STAGES
-from tapeline.metrics.scrape import Between, Scrape, scrape
+from tapeline.metrics.scrape import Between, Scrape, firing, scrape
 
 _SHORTEST_S = 1.0
 
@@ -75,6 +75,7 @@ class Snapshot:
         replicas: by deployment and state.
         targets: what autoscaling wants, by role.
         down: processes that did not answer.
+        alerts: that fire now; None: no Prometheus is known, or it does not answer.
     """
 
     at_s: float
@@ -86,9 +87,10 @@ class Snapshot:
     replicas: Mapping[str, Mapping[str, int]]
     targets: Mapping[str, int]
     down: Sequence[str]
+    alerts: Sequence[str] | None = None
 
 
-def snapshot(earlier: Scrape, later: Scrape) -> Snapshot:
+def snapshot(earlier: Scrape, later: Scrape, alerts: Sequence[str] | None = None) -> Snapshot:
     """What happened from one look to the next, and how things are at the later one."""
     between = Between(earlier, later)
     lanes = list(
@@ -114,6 +116,7 @@ def snapshot(earlier: Scrape, later: Scrape) -> Snapshot:
             one.labels["role"]: int(one.value) for one in between.now("tapeline_autoscale_target")
         },
         down=[f"{target.part} {target.address}" for target in later.down],
+        alerts=alerts,
     )
 
 
@@ -122,10 +125,12 @@ class Sampler:
 
     Args:
         url: of ``metrics.port``.
+        prometheus: whose alerts are shown; None: nobody's.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, prometheus: str | None = None) -> None:
         self._url = url
+        self._prometheus = prometheus
         self._lock = threading.Lock()
         self._last: Scrape | None = None
         self._snapshot: Snapshot | None = None
@@ -140,7 +145,8 @@ class Sampler:
                 time.sleep(_SHORTEST_S)
             if self._snapshot is None or time.time() - self._last.at_s >= _SHORTEST_S:
                 now = scrape(self._url)
-                self._snapshot, self._last = snapshot(self._last, now), now
+                alerts = firing(self._prometheus) if self._prometheus else None
+                self._snapshot, self._last = snapshot(self._last, now, alerts), now
             return self._snapshot
 
 

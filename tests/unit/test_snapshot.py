@@ -1,6 +1,9 @@
 """From two looks at metrics to what a person sees: counters, resets, quantiles."""
 
+import json
+import threading
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -97,3 +100,29 @@ def test_top_without_a_port_says_how_to_get_one() -> None:
     done = CliRunner().invoke(app, ["top", "--url", "http://127.0.0.1:1"])
     assert done.exit_code == 2
     assert "no metrics at http://127.0.0.1:1" in done.output
+
+
+def test_top_shows_the_alerts_that_fire() -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            labels = {"alertname": "TapelineLagging"}
+            alert = {"labels": labels, "annotations": {"summary": "lane batch is 45s behind"}}
+            alerts = [{**alert, "state": "firing"}, {**alert, "state": "pending"}]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": {"alerts": alerts}}).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not a line for every request."""
+
+    prometheus = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=prometheus.serve_forever, daemon=True).start()
+    with metrics_server(0, CollectorRegistry(), list, "run") as port:
+        command = ["top", "--once", "--url", f"http://127.0.0.1:{port}"]
+        url = f"http://127.0.0.1:{prometheus.server_port}"
+        done = CliRunner().invoke(app, command, env={"TAPELINE_METRICS__PROMETHEUS": url})
+        assert done.output.count("TapelineLagging: lane batch is 45s behind") == 1, done.output
+        prometheus.shutdown()
+        prometheus.server_close()
+        done = CliRunner().invoke(app, command, env={"TAPELINE_METRICS__PROMETHEUS": url})
+        assert "alerts unknown" in done.output
