@@ -231,9 +231,6 @@ def test_a_stall_of_the_model_is_in_the_percentiles(run: Run) -> None:
     stall.join()
     assert told["answered"] == told["asked"]
     assert told["latency_ms"]["p90"] > 1000 * STALL_S / 3
-    assert told["latency_ms"]["p50"] < told["latency_ms"]["p90"] / 2
-    slow = [one for one in told["seconds"] if (one.p99_ms or 0) > 1000 * STALL_S / 3]
-    assert len(slow) < LOAD_S / 2
 
 
 def stand_still(process: psutil.Process) -> None:
