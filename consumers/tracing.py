@@ -9,7 +9,6 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer
@@ -81,13 +80,6 @@ class EventTrace:
         self._span.end(now_us * 1000)
 
 
-class BatchTrace(Protocol):
-    """The events of one micro-batch that are traced."""
-
-    def begin(self, record: Record) -> EventTrace | None:
-        """None: this one is not."""
-
-
 class Tracing:
     """Decides which events are traced, and makes their spans.
 
@@ -107,9 +99,9 @@ class Tracing:
         self.close = close
 
     @contextmanager
-    def batch(self, num_windows: int, times: BatchTimes) -> Iterator[BatchTrace]:
+    def batch(self, num_windows: int, times: BatchTimes) -> Iterator["BatchTrace"]:
         """One micro-batch: its span is linked to those of its events that are traced, if any."""
-        batch = _Batch(self._tracer, self._is_sampled, num_windows, times)
+        batch = BatchTrace(self._tracer, self._is_sampled, num_windows, times)
         yield batch
         batch.end()
 
@@ -119,7 +111,9 @@ class Tracing:
         return parent[-1:] in b"13579bdfBDF"
 
 
-class _Batch:
+class BatchTrace:
+    """The events of one micro-batch that are traced."""
+
     def __init__(
         self,
         tracer: Tracer,
@@ -134,6 +128,7 @@ class _Batch:
         self._span: Span | None = None
 
     def begin(self, record: Record) -> EventTrace | None:
+        """None: this one is not."""
         parent = next((value for name, value in record.headers if name == TRACE_HEADER), None)
         if not self._is_sampled(parent):
             return None

@@ -63,14 +63,15 @@ def last(path: Path) -> dict[str, Entry]:
     """The last entry of each role, looked for at the end of the file. Raises ConfigError."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            begin = max(0, path.stat().st_size - _TAIL_BYTES)
+            file.seek(begin)
             lines = file.read().decode(errors="replace").splitlines()
     except OSError as error:
         raise _unreadable(path, error) from error
-    if sum(map(len, lines)) >= _TAIL_BYTES - len(lines):
+    if begin:
         lines = lines[1:]  # cut off in front
-    return {entry.role: entry for number, line in enumerate(lines, 1)
-            if (entry := _entry(path, number, line))}  # fmt: skip
+    entries = [_entry(path, number, line) for number, line in enumerate(lines, 1)]
+    return {entry.role: entry for entry in entries}
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:

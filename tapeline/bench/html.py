@@ -135,4 +135,4 @@ def _svg(draw: Callable[[Any], None], height: float) -> str:
     draw(axes)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -78,8 +78,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     out().print(table)
 
 
-def cell(value: object) -> str:
-    """A value as a table shows it."""
+def cell(value: object, digits: int = 2) -> str:
+    """A value as a table shows it; floats with so many digits behind the point."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -87,7 +87,7 @@ def cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.2f}"
+        return f"{value:,.{digits}f}"
     return str(value)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.errors import ConfigError, TransientError
-from tapeline.cli.terminal import JsonOption, err, given_settings, out, print_json
+from tapeline.cli.terminal import JsonOption, cell, err, given_settings, out, print_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -131,7 +131,7 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) ->
         numeric = any(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(_shown(value) for value in row))
+        table.add_row(*(cell(value, digits=1) for value in row))
     return table
 
 
@@ -140,15 +140,3 @@ _COLORS = ("blue", "yellow", "magenta", "green", "red")
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:,.1f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
