@@ -23,13 +23,11 @@ from consumers.worker import Worker
 from inference.redeploy import MODEL_NAME, WORKER_NAME, with_version
 from inference.remote import ServeInferencer
 from schemas.autoscale import CAPACITY_METRIC
-from schemas.exposition import Target, expose, node_address
+from schemas.exposition import Target, expose
 from schemas.live import fixed_version, live_part, with_live_part
 from schemas.pauses import spare_what_is_loaded
 from schemas.placement import pin_process
 from schemas.settings import Settings
-
-DEPLOYMENT_NAME = WORKER_NAME
 
 
 class StreamWorker:
@@ -57,7 +55,7 @@ class StreamWorker:
             num_replicas=settings.model.num_replicas,
             tracing=open_tracing(settings.tracing),
         )
-        self._metrics_port = expose(gpu=False) if settings.metrics.port else None
+        self._target = expose("worker", gpu=False) if settings.metrics.port else None
         spare_what_is_loaded()
         self._running = asyncio.create_task(self._worker.run())
         if settings.autoscale.enabled:
@@ -88,7 +86,7 @@ class StreamWorker:
                 for state, number in application.deployments[name].replica_states.items()
                 if state == "RUNNING"
             )
-            for name in (MODEL_NAME, DEPLOYMENT_NAME)
+            for name in (MODEL_NAME, WORKER_NAME)
         )
         return model, worker
 
@@ -118,9 +116,7 @@ class StreamWorker:
 
     async def metrics_target(self) -> Target | None:
         """Where Prometheus finds this replica."""
-        if self._metrics_port is None:
-            return None
-        return Target(f"{node_address()}:{self._metrics_port}", "worker")
+        return self._target
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the autoscaling policy: events a second that this worker could do."""
@@ -163,7 +159,7 @@ def build_worker_deployment(
     settings = settings.model_copy(update={"state_dir": settings.state_dir.absolute()})
     drain_s = settings.worker.drain_timeout_s + 2 * settings.kafka.timeout_s
     as_deployment = serve.deployment(
-        name=DEPLOYMENT_NAME,
+        name=WORKER_NAME,
         user_config=live_part(settings),
         num_replicas=None if autoscaling else settings.serve.num_workers,
         autoscaling_config=autoscaling,

@@ -18,12 +18,10 @@ from inference.redeploy import MODEL_NAME, with_version
 from inference.shared import BlockName, Mappings, Written
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
-from schemas.exposition import Target, expose, node_address
+from schemas.exposition import Target, expose
 from schemas.pauses import spare_what_is_loaded
 from schemas.settings import ModelSettings, ServeSettings, WindowSettings
 from schemas.sla import MetricsSettings
-
-DEPLOYMENT_NAME = MODEL_NAME
 
 
 class FeatureModel:
@@ -41,7 +39,7 @@ class FeatureModel:
     ) -> None:
         self._thread = engine_thread()
         self._models = self._thread.submit(host_models, settings, window).result()
-        self._metrics_port = self._expose() if exposes_metrics else None
+        self._target = self._expose() if exposes_metrics else None
         self._mappings = Mappings()
         spare_what_is_loaded()
 
@@ -78,9 +76,7 @@ class FeatureModel:
 
     async def metrics_target(self) -> Target | None:
         """Where Prometheus finds this replica."""
-        if self._metrics_port is None:
-            return None
-        return Target(f"{node_address()}:{self._metrics_port}", "model")
+        return self._target
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the autoscaling policy: windows a second of this replica."""
@@ -93,10 +89,10 @@ class FeatureModel:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._models.check_reference)
 
-    def _expose(self) -> int:
+    def _expose(self) -> Target:
         models = self._models
         REGISTRY.register(ModelCollector(models.statistics, models.calls))
-        return expose(gpu=models.describe().device != "cpu")
+        return expose("model", gpu=models.describe().device != "cpu")
 
     def _infer_shared(
         self, name: BlockName, shape: tuple[int, int, int], model_version: str | None
@@ -141,7 +137,7 @@ def build_model_deployment(
         update={name: folder.absolute() for name, folder in folders.items() if folder}
     )
     as_deployment = serve.deployment(
-        name=DEPLOYMENT_NAME,
+        name=MODEL_NAME,
         num_replicas=None if autoscaling else settings.num_replicas,
         autoscaling_config=autoscaling,
         max_ongoing_requests=max_ongoing_requests,

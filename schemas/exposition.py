@@ -22,13 +22,6 @@ class Target(NamedTuple):
     part: str
 
 
-def node_address() -> str:
-    """This machine's, as the other nodes of the Ray cluster know it."""
-    import ray
-
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
 class UtilizationCollector(Collector):
     """What is in use of the machine, as this process sees it, read when Prometheus asks.
 
@@ -52,12 +45,15 @@ class UtilizationCollector(Collector):
                 yield GaugeMetricFamily(name, f"In use of {where}.", 100 * fraction)
 
 
-def expose(*, gpu: bool, registry: CollectorRegistry = REGISTRY) -> int:
-    """Serves this process's metrics on a free port, which it returns.
+def expose(part: str, *, gpu: bool, registry: CollectorRegistry = REGISTRY) -> Target:
+    """Serves the metrics of this process of a Ray cluster, on a free port; says where.
 
     Args:
         gpu: whether to look for one.
     """
+    import ray
+
     registry.register(UtilizationCollector(ResourceMeter(gpu=gpu).read))
     server, _ = start_http_server(0, registry=registry)
-    return int(server.server_port)
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return Target(f"{node}:{server.server_port}", part)

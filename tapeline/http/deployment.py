@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from consumers.logs import configure_logging
-from inference.deployment import DEPLOYMENT_NAME as MODEL_NAME
+from inference.redeploy import MODEL_NAME
 from inference.remote import ServeInferencer
 from schemas.settings import Settings
 from tapeline.http.api import build_api

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import psutil
 from waiting import wait_until
 
-from inference.deployment import DEPLOYMENT_NAME
+from inference.redeploy import MODEL_NAME
 from schemas.settings import Settings
 from tapeline.app import ServeApplication, ray_session
 
@@ -76,7 +76,7 @@ class ServeFleet:
 
     def model_pids(self) -> list[int]:
         """The processes of the model's replicas; Ray names them in their titles."""
-        title = f"ServeReplica:{self._settings.serve.app_name}:{DEPLOYMENT_NAME}"
+        title = f"ServeReplica:{self._settings.serve.app_name}:{MODEL_NAME}"
         return sorted(
             process.pid
             for process in psutil.process_iter(["cmdline"])
