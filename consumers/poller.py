@@ -260,7 +260,8 @@ class LanePoller:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.statistics.num_assigned += len(partitions)
-        starts = self._take_on(partitions)
+        # Leaving, it is given away at once, and what is committed is not answered any more.
+        starts = partitions if self._closing.is_set() else self._take_on(partitions)
         if self._is_eager:
             consumer.assign(starts)
         else:
