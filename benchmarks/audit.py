@@ -96,7 +96,7 @@ def _pay(settings: Settings, num_events: int) -> None:
     owed = audit(settings, [_LANE], settled=True, max_violations=num_events).violations
     times = {event.event_id: event.event_time_us for event in _tape(num_events)}
     for one in owed:
-        value, headers = codec.encode_feature(
+        value = codec.encode_feature(
             FeatureVector(
                 event_id=one.event_id,
                 symbol=one.symbol,
@@ -111,7 +111,7 @@ def _pay(settings: Settings, num_events: int) -> None:
                 features=np.zeros(_NUM_FEATURES, np.float32),
             )
         )
-        producer.produce(lane.output_topic, value, key=one.symbol, headers=[*headers])
+        producer.produce(lane.output_topic, value, key=one.symbol)
     assert producer.flush(60) == 0
 
 

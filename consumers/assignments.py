@@ -84,8 +84,9 @@ class Assignments:
     def checkpoint(self) -> None:
         """Notes for every partition from where a replay would give its windows as they are."""
         for progress in self._progress.values():
-            position = progress.appended
-            progress.checkpoint(self._windows.replay_offset(progress.partition, position))
+            if progress.is_past_checkpoint:
+                position = progress.appended
+                progress.checkpoint(self._windows.replay_offset(progress.partition, position))
 
     def commit_points(self) -> list[CommitPoint]:
         """What is new and may be committed."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client.core import HistogramMetricFamily
 
 from consumers.records import Record
@@ -12,7 +13,7 @@ from schemas.histogram import Histogram
 from schemas.timing import STAGES, TIMING_HEADER, encode_timing
 
 LATENCY_EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.5, 1, 2, 5, 30)
-_FOLD_AT = 1_024
+_FOLD_AT = 64  # parcels
 
 
 class BatchTimes(NamedTuple):
@@ -35,7 +36,7 @@ class LatencyBudget:
             (lane, stage): Histogram(LATENCY_EDGES_S) for lane in lanes for stage in STAGES
         }
         self._whole = {lane: Histogram(LATENCY_EDGES_S) for lane in lanes}
-        self._waiting: dict[str, list[tuple[int, ...]]] = {lane: [] for lane in lanes}
+        self._waiting: dict[str, list[NDArray[np.int64]]] = {lane: [] for lane in lanes}
         self._lock = threading.Lock()  # the loop observes, a scrape's thread collects
 
     def observe(
@@ -43,15 +44,19 @@ class LatencyBudget:
     ) -> None:
         """Counts records of a micro-batch whose features are durable since ``durable_us``."""
         with self._lock:
+            passed = np.empty((len(records), 2 + len(times) + 1), np.int64)
+            passed[:, 0] = [one.appended_us for one in records]
+            passed[:, 1] = [one.polled_us for one in records]
+            passed[:, 2:] = (*times, durable_us)
             waiting = self._waiting[lane]
-            waiting += [(one.appended_us, one.polled_us, *times, durable_us) for one in records]
+            waiting.append(passed)
             if len(waiting) >= _FOLD_AT:
                 self._fold(lane)
 
     def _fold(self, lane: str) -> None:
         if not (waiting := self._waiting[lane]):
             return
-        passed = np.array(waiting, np.int64)
+        passed = np.concatenate(waiting)
         waiting.clear()
         for stage, seconds in zip(STAGES, (np.diff(passed) / 1e6).T, strict=True):
             self._stages[lane, stage].observe(seconds)

@@ -1,85 +1,26 @@
 """Channel sets: what the model sees of one symbol after each event.
 
-A channel set is a named, versioned, vectorised numpy function. It turns a batch of events, and the
-state that their symbols were in, into one row of channels an event, and says for each row the
-lowest offset that it leans on, so that a replay knows where to begin (docs/DESIGN.md, 3.3).
+A channel set is a named, versioned, compiled function. It turns events, one after another, and the
+state that their symbols are in into one row of channels an event, and says for each row the lowest
+offset that it leans on, so that a replay knows where to begin (docs/DESIGN.md, 3.3).
 docs/channels.md gives every formula and its source.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consumers.columns import BAR, BOOK, NUM_VALUES, QUOTE, SAMPLE, TRADE, EventColumns
+from consumers.compiled import compiled
 from schemas.errors import ConfigError, PoisonRecord
-from schemas.messages import (
-    MAX_BOOK_LEVELS,
-    Bar,
-    Book,
-    MarketEvent,
-    Quote,
-    Sample,
-    Trade,
-)
+from schemas.messages import MAX_BOOK_LEVELS, MarketEvent, Sample
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NEVER = np.int64(2**62)
 """The offset of what was never seen: above every real one, so that it lowers no minimum."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Segments:
-    """A batch of ``n`` events cut into ``m`` runs, each of one symbol whose state carries on.
-
-    Attributes:
-        first: int64, shape (m,): index of each run's first event.
-        of: int64, shape (n,): the run of each event.
-    """
-
-    first: Ints
-    of: Ints
-
-    @classmethod
-    def starting(cls, starts: Bools) -> "Segments":
-        """Cut before every event where ``starts``, bool (n,), is set; the first must be."""
-        return cls(np.flatnonzero(starts), np.cumsum(starts) - 1)
-
-    @property
-    def last(self) -> Ints:
-        """Index of each run's last event, shape (m,)."""
-        return np.append(self.first[1:], len(self.of)) - 1
-
-    def previous(self, values: NDArray[Any], carried: NDArray[Any]) -> NDArray[Any]:
-        """Each event's predecessor's value: (n, ...), with (m, ...) carried into the runs."""
-        shifted = np.empty_like(values)
-        shifted[1:] = values[:-1]
-        shifted[self.first] = carried
-        return shifted
-
-    def latest(self, indices: Ints, values: NDArray[Any], carried: NDArray[Any]) -> NDArray[Any]:
-        """The newest of some events' values as each event of the batch sees it.
-
-        Args:
-            indices: int64, shape (k,), rising: the events that have a value.
-            values: shape (k, ...): theirs.
-            carried: shape (m, ...): what each run begins with.
-
-        Returns:
-            shape (n, ...): the event's own value, else the last one in its run, else the carried.
-        """
-        rank = np.full(len(self.of), -1)
-        rank[indices] = np.arange(len(indices))
-        rank = np.maximum.accumulate(rank)
-        if not len(indices):
-            return carried[self.of]
-        from_run = (rank >= 0) & (indices[rank] >= self.first[self.of])
-        pool = np.concatenate([carried, values])
-        return pool[np.where(from_run, len(carried) + rank, self.of)]
 
 
 class ChannelSet(Protocol):
@@ -91,29 +32,30 @@ class ChannelSet(Protocol):
     """One symbol's state."""
 
     def empty(self) -> NDArray[np.void]:
-        """The state of a symbol never seen, shape ()."""
+        """The state of a symbol never seen, shape (1,)."""
 
     def check(self, event: MarketEvent) -> None:
         """Raises PoisonRecord for an event that this set cannot turn into a row."""
 
     def rows(
         self,
-        events: Sequence[MarketEvent],
+        events: EventColumns,
         offsets: Ints,
-        times_us: Ints,
-        segments: Segments,
-        carried: NDArray[np.void],
-    ) -> tuple[NDArray[np.float32], Ints, NDArray[np.void]]:
-        """Turns ``n`` events in ``m`` runs into rows.
-
-        The result of an event depends on its run alone, never on how events were batched.
+        slots: Ints,
+        emptied: Bools,
+        states: NDArray[np.void],
+    ) -> tuple[NDArray[np.float32], Ints]:
+        """Turns ``n`` events into rows, in their order.
 
         Args:
-            carried: shape (m,): the state that each run begins with.
+            offsets: int64, (n,).
+            slots: int64, (n,): where in ``states`` each event's symbol is.
+            emptied: bool, (n,): its symbol begins anew with this event.
+            states: changed in place.
 
         Returns:
-            Rows, float32, (n, C), all finite; the lowest offset that each row leans on, int64,
-            (n,), never falling within a run; the state after each run, shape (m,).
+            Rows, float32, (n, C), all finite; and the lowest offset that each row leans on, int64,
+            (n,), never falling from one row of a symbol to its next.
         """
 
 
@@ -125,7 +67,7 @@ class Market50:
     """
 
     version = "market50-v1"
-    num_channels = 50
+    num_channels = NUM_VALUES
     recent = 20  # events that the trade rate looks back on, the newest included
 
     def __init__(self) -> None:
@@ -137,17 +79,17 @@ class Market50:
                 ("mid", "f8"),
                 ("leans", "i8", (4,)),  # offsets: book, quote, trade, the trade before it
                 ("time_us", "i8"),
-                ("num_recent", "i8"),
-                ("recent_times_us", "i8", (self.recent,)),  # newest last
+                ("num_events", "i8"),  # since it began
+                ("recent_times_us", "i8", (self.recent,)),  # each at its event's number
                 ("recent_offsets", "i8", (self.recent,)),
                 ("recent_trades", "i8", (self.recent,)),
             ]
         )
+        self._empty = np.zeros(1, self.state)
+        self._empty["leans"] = NEVER
 
     def empty(self) -> NDArray[np.void]:
-        state = np.zeros((), self.state)
-        state["leans"] = state["recent_offsets"] = NEVER
-        return state
+        return self._empty.copy()
 
     def check(self, event: MarketEvent) -> None:
         payload = event.payload
@@ -161,117 +103,28 @@ class Market50:
 
     def rows(
         self,
-        events: Sequence[MarketEvent],
+        events: EventColumns,
         offsets: Ints,
-        times_us: Ints,
-        segments: Segments,
-        carried: NDArray[np.void],
-    ) -> tuple[NDArray[np.float32], Ints, NDArray[np.void]]:
-        seen = _columns(events)
-        old, of, latest = carried["leans"], segments.of, segments.latest
-
-        book = latest(seen.book_at, seen.books, carried["book"])
-        quote = latest(seen.quote_at, seen.quotes, carried["quote"])
-        trade_runs = of[seen.trade_at]
-        trade = latest(seen.trade_at, self._trades(seen, trade_runs, carried), carried["trade"])
-        leans = np.stack(
-            [
-                latest(seen.book_at, offsets[seen.book_at], old[:, 0]),
-                latest(seen.quote_at, offsets[seen.quote_at], old[:, 1]),
-                latest(seen.trade_at, offsets[seen.trade_at], old[:, 2]),
-                latest(
-                    seen.trade_at,
-                    _previous_in_run(offsets[seen.trade_at], trade_runs, old[:, 2]),
-                    old[:, 3],
-                ),
-            ],
-            axis=1,
+        slots: Ints,
+        emptied: Bools,
+        states: NDArray[np.void],
+    ) -> tuple[NDArray[np.float32], Ints]:
+        rows = np.empty((len(offsets), self.num_channels), np.float32)
+        floors = np.empty(len(offsets), np.int64)
+        _rows(
+            events.times_us,
+            events.kinds,
+            events.values,
+            offsets,
+            slots,
+            emptied,
+            states,
+            self._empty,
+            self.recent,
+            rows,
+            floors,
         )
-        newer = (leans[:, 1] != NEVER) & ((leans[:, 1] > leans[:, 0]) | (leans[:, 0] == NEVER))
-        book[newer, :, 0] = quote[newer]
-
-        mid = _mid(book, trade[:, 0])
-        previous_mid = segments.previous(mid, carried["mid"])
-        previous_time = segments.previous(times_us, carried["time_us"])
-        has_previous = segments.previous(np.ones(len(mid), bool), carried["num_recent"] > 0)
-        rate, oldest_recent, after = self._recent(
-            seen.trade_at, offsets, times_us, segments, carried
-        )
-
-        rows = np.empty((len(events), self.num_channels))
-        rows[:, :40] = _book_channels(book, mid).reshape(-1, 40)
-        rows[:, 40] = _log_ratio(mid, previous_mid) * 1e4
-        rows[:, 41:46] = _top_channels(book, mid)
-        rows[:, 46] = trade[:, 1]
-        rows[:, 47] = trade[:, 2] * 1e4
-        rows[:, 48] = np.where(has_previous, _log1p_time(times_us - previous_time), 0)
-        rows[:, 49] = rate
-        rows[seen.sample_at] = seen.samples
-
-        floors = segments.previous(leans, old).min(axis=1)
-        floors = np.minimum(floors, leans.min(axis=1))
-        floors = np.minimum(np.minimum(floors, oldest_recent), offsets)
-
-        last = segments.last
-        after["book"] = latest(seen.book_at, seen.books, carried["book"])[last]
-        for name, values in (
-            ("quote", quote),
-            ("trade", trade),
-            ("mid", mid),
-            ("leans", leans),
-            ("time_us", times_us),
-        ):
-            after[name] = values[last]
-        return rows.astype(np.float32), floors, after
-
-    def _trades(self, seen: "_Columns", runs: Ints, carried: NDArray[np.void]) -> Floats:
-        """Price, signed log size and log return since the trade before, shape (k, 3)."""
-        price, size, sign = np.ascontiguousarray(seen.trades.T)
-        previous = _previous_in_run(price, runs, carried["trade"][:, 0])
-        return np.stack([price, sign * np.log1p(size), _log_ratio(price, previous)], axis=1)
-
-    def _recent(
-        self,
-        trade_at: Ints,
-        offsets: Ints,
-        times_us: Ints,
-        segments: Segments,
-        carried: NDArray[np.void],
-    ) -> tuple[Floats, Ints, NDArray[np.void]]:
-        """The trade rate over the last events, the oldest offset it leans on, the new state.
-
-        Each run is laid behind the ``recent`` events that its state carries; a window over that
-        line ends at each event.
-        """
-        num_runs, num_events, k = len(carried), len(offsets), self.recent
-        is_trade = np.zeros(num_events, np.int64)
-        is_trade[trade_at] = 1
-        at = np.arange(num_events) + k * (segments.of + 1)
-        carried_at = (segments.first + k * np.arange(num_runs))[:, None] + np.arange(k)
-
-        def line(name: str, values: Ints) -> Ints:
-            joined = np.empty(num_events + k * num_runs, np.int64)
-            joined[carried_at] = carried[name]
-            joined[at] = values
-            return joined
-
-        times = line("recent_times_us", times_us)
-        all_offsets = line("recent_offsets", offsets)
-        trades = line("recent_trades", is_trade)
-        first_known = carried_at[:, -1] + 1 - carried["num_recent"]
-        oldest = np.maximum(at - (k - 1), first_known[segments.of])
-        counted = np.append(0, np.cumsum(trades))
-        span_s = np.maximum(times_us - times[oldest], 1_000) / 1e6
-        rate = np.log1p((counted[at + 1] - counted[oldest]) / span_s)
-
-        after = np.zeros(num_runs, self.state)
-        sizes = segments.last + 1 - segments.first
-        after["num_recent"] = np.minimum(carried["num_recent"] + sizes, k)
-        kept = (carried_at[:, -1] + sizes)[:, None] + np.arange(1 - k, 1)
-        after["recent_times_us"] = times[kept]
-        after["recent_offsets"] = all_offsets[kept]
-        after["recent_trades"] = trades[kept]
-        return rate, all_offsets[oldest], after
+        return rows, floors
 
 
 CHANNEL_SETS: dict[str, type[Market50]] = {Market50.version: Market50}
@@ -286,109 +139,160 @@ def channel_set(version: str) -> ChannelSet:
     return CHANNEL_SETS[version]()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Columns:
-    """A batch's payloads by kind: where they are (rising indices) and what they say."""
-
-    book_at: Ints
-    books: Floats  # (k, 4, 10)
-    quote_at: Ints
-    quotes: Floats  # (k, 4)
-    trade_at: Ints
-    trades: Floats  # (k, 3): price, size, sign
-    sample_at: Ints
-    samples: NDArray[np.float32]  # (k, 50)
+# market50-v1, an event at a time.
 
 
-def _columns(events: Sequence[MarketEvent]) -> _Columns:
-    at: dict[type, list[int]] = {Book: [], Quote: [], Trade: [], Sample: []}
-    books: list[bytes] = []
-    quotes: list[tuple[float, float, float, float]] = []
-    trades: list[tuple[float, float, float]] = []
-    samples: list[bytes] = []
-    for index, event in enumerate(events):
-        payload = event.payload
-        kind = type(payload)
-        match payload:
-            case Book(bids, asks):
-                books += (bids.ljust(160, b"\0"), asks.ljust(160, b"\0"))
-            case Quote(bid_price, bid_size, ask_price, ask_size):
-                quotes.append((bid_price, bid_size, ask_price, ask_size))
-            case Trade(price, size, side):
-                trades.append((price, size, _SIGNS[side]))
-            case Bar():
-                kind = Trade
-                sign = float(payload.close > payload.open) - float(payload.close < payload.open)
-                trades.append((payload.close, payload.volume, sign))
-            case Sample(values):
-                samples.append(values)
-        at[kind].append(index)
-    sides = np.frombuffer(b"".join(books), "<f8").reshape(-1, 2, MAX_BOOK_LEVELS, 2)
-    return _Columns(
-        np.array(at[Book], np.int64),
-        sides.transpose(0, 1, 3, 2).reshape(-1, 4, MAX_BOOK_LEVELS),
-        np.array(at[Quote], np.int64),
-        np.array(quotes, np.float64).reshape(-1, 4),
-        np.array(at[Trade], np.int64),
-        np.array(trades, np.float64).reshape(-1, 3),
-        np.array(at[Sample], np.int64),
-        np.frombuffer(b"".join(samples), "<f4").reshape(-1, Market50.num_channels),
-    )
+@compiled
+def _rows(
+    times_us: Ints,
+    kinds: NDArray[np.uint8],
+    values: NDArray[np.float64],
+    offsets: Ints,
+    slots: Ints,
+    emptied: Bools,
+    states: NDArray[np.void],
+    empty: NDArray[np.void],
+    recent: int,
+    rows: NDArray[np.float32],
+    floors: Ints,
+) -> None:
+    top = np.empty(4)
+    for index in range(len(offsets)):
+        slot, offset, time_us = slots[index], offsets[index], times_us[index]
+        if emptied[index]:
+            states[slot] = empty[0]
+        state, row = states[slot], rows[index]
+        leans = state.leans
+        floor = min(offset, leans.min())  # the mid before leans on them
+        mid_before, is_first = state.mid, state.num_events == 0
+        _take(state, kinds[index], values[index], offset)
+        _look_at_top(state, top)
+        mid = _mid(top[0], top[2], state.trade[0])
+        rate, oldest = _trade_rate(state, kinds[index], offset, time_us, recent)
+        floors[index] = min(floor, leans.min(), oldest)
+        if kinds[index] == SAMPLE:
+            row[:] = values[index]
+        else:
+            _fill_book(row, state.book, top, mid)
+            row[40] = _log_ratio(mid, mid_before) * 1e4
+            _fill_top(row, state.book, top, mid)
+            row[46] = state.trade[1]
+            row[47] = state.trade[2] * 1e4
+            row[48] = 0.0 if is_first else np.log1p(float(max(time_us - state.time_us, 0)))
+            row[49] = rate
+        state.mid = mid
+        state.time_us = time_us
 
 
-_SIGNS = {"buy": 1.0, "sell": -1.0, "unknown": 0.0}
+@compiled
+def _take(state: Any, kind: int, values: NDArray[np.float64], offset: int) -> None:
+    """What the event says becomes the newest that is known."""
+    leans = state.leans
+    if kind == BOOK:
+        for side in range(4):
+            for level in range(MAX_BOOK_LEVELS):
+                state.book[side, level] = values[MAX_BOOK_LEVELS * side + level]
+        leans[0] = offset
+    elif kind == QUOTE:
+        for place in range(4):
+            state.quote[place] = values[place]
+        leans[1] = offset
+    elif kind == TRADE:
+        _take_trade(state, values[0], values[1], values[2], offset)
+    elif kind == BAR:
+        sign = np.sign(values[3] - values[0])
+        _take_trade(state, values[3], values[4], sign, offset)
 
 
-def _previous_in_run(values: NDArray[Any], runs: Ints, carried: NDArray[Any]) -> NDArray[Any]:
-    """Each of some events' predecessor among them in the same run, else what the run carries."""
-    if not len(values):
-        return values
-    first = np.append(True, runs[1:] != runs[:-1])
-    return np.where(first, carried[runs], np.roll(values, 1))
+@compiled
+def _take_trade(state: Any, price: float, size: float, sign: float, offset: int) -> None:
+    state.trade[2] = _log_ratio(price, state.trade[0])
+    state.trade[1] = sign * np.log1p(size)
+    state.trade[0] = price
+    state.leans[3] = state.leans[2]
+    state.leans[2] = offset
 
 
-def _mid(book: Floats, trade_price: Floats) -> Floats:
-    """The middle of the best prices; the one there is; the last trade's; 0. Shape (n,)."""
-    bid, ask = book[:, 0, 0], book[:, 2, 0]
-    one_sided = np.where((bid > 0) | (ask > 0), bid + ask, trade_price)
-    return np.where((bid > 0) & (ask > 0), (bid + ask) / 2, one_sided)
+@compiled
+def _look_at_top(state: Any, top: NDArray[np.float64]) -> None:
+    """Best bid price and size, ask price and size: the newer of quote and book."""
+    book_at, quote_at = state.leans[0], state.leans[1]
+    is_quote_newer = quote_at != NEVER and (book_at == NEVER or quote_at > book_at)
+    for place in range(4):
+        top[place] = state.quote[place] if is_quote_newer else state.book[place, 0]
 
 
-def _book_channels(book: Floats, mid: Floats) -> Floats:
-    """(n, 4, 10): price offsets from the mid in basis points, ln(1 + size)."""
-    channels = np.log1p(book)
-    for prices in (0, 2):
-        channels[:, prices] = _offset_bps(book[:, prices], mid[:, None])
-    return channels
+@compiled
+def _mid(bid: float, ask: float, trade_price: float) -> float:
+    """The middle of the best prices; the one there is; the last trade's; 0."""
+    if bid > 0 and ask > 0:
+        return (bid + ask) / 2
+    return bid + ask if bid > 0 or ask > 0 else trade_price
 
 
-def _top_channels(book: Floats, mid: Floats) -> Floats:
-    """(n, 5): spread, micro-price offset, imbalance of the first 1, 5 and 10 levels."""
-    bid, bid_size, ask, ask_size = (np.ascontiguousarray(side) for side in book[:, :, 0].T)
-    two_sided = (bid > 0) & (ask > 0)
-    spread = np.where(two_sided, _offset_bps(ask, mid) - _offset_bps(bid, mid), 0)
-    sizes = bid_size + ask_size
-    micro = _ratio(ask * bid_size + bid * ask_size, sizes)
-    micro = np.where(two_sided & (sizes > 0), _offset_bps(micro, mid), 0)
-    # Accumulated level by level: a plain sum may add in another order in a batch of another size.
-    bids, asks = (np.add.accumulate(book[:, side], axis=1)[:, (0, 4, 9)] for side in (1, 3))
-    imbalances = _ratio(bids - asks, bids + asks)
-    return np.concatenate([spread[:, None], micro[:, None], imbalances], axis=1)
+@compiled
+def _trade_rate(state: Any, kind: int, offset: int, time_us: int, recent: int) -> tuple[float, int]:
+    """ln(1 + trades a second) over the newest events, this one included; the oldest's offset."""
+    place = state.num_events % recent
+    state.recent_times_us[place] = time_us
+    state.recent_offsets[place] = offset
+    state.recent_trades[place] = kind in (TRADE, BAR)
+    state.num_events += 1
+    num = min(state.num_events, recent)
+    oldest = (state.num_events - num) % recent
+    num_trades = 0
+    for back in range(num):
+        num_trades += state.recent_trades[back]
+    span_s = max(time_us - state.recent_times_us[oldest], 1_000) / 1e6
+    return np.log1p(num_trades / span_s), state.recent_offsets[oldest]
 
 
-def _offset_bps(price: Floats, mid: Floats) -> Floats:
+@compiled
+def _fill_book(
+    row: NDArray[np.float32], book: NDArray[np.float64], top: NDArray[np.float64], mid: float
+) -> None:
+    """Channels 0 to 39: price offsets from the mid in basis points, ln(1 + size)."""
+    for side in range(4):
+        for level in range(MAX_BOOK_LEVELS):
+            value = top[side] if level == 0 else book[side, level]
+            row[MAX_BOOK_LEVELS * side + level] = (
+                np.log1p(value) if side % 2 else _offset_bps(value, mid)
+            )
+
+
+@compiled
+def _fill_top(
+    row: NDArray[np.float32], book: NDArray[np.float64], top: NDArray[np.float64], mid: float
+) -> None:
+    """Channels 41 to 45: spread, micro-price offset, imbalance of the first 1, 5 and 10 levels."""
+    bid, bid_size, ask, ask_size = top
+    row[41] = row[42] = 0.0
+    if bid > 0 and ask > 0:
+        row[41] = _offset_bps(ask, mid) - _offset_bps(bid, mid)
+        if bid_size + ask_size > 0:
+            micro = (ask * bid_size + bid * ask_size) / (bid_size + ask_size)
+            row[42] = _offset_bps(micro, mid)
+    row[43] = _imbalance(bid_size, ask_size)
+    bids, asks = bid_size, ask_size
+    for level in range(1, MAX_BOOK_LEVELS):
+        bids += book[1, level]
+        asks += book[3, level]
+        if level == 4:
+            row[44] = _imbalance(bids, asks)
+    row[45] = _imbalance(bids, asks)
+
+
+@compiled
+def _imbalance(bids: float, asks: float) -> float:
+    return (bids - asks) / (bids + asks) if bids + asks > 0 else 0.0
+
+
+@compiled
+def _offset_bps(price: float, mid: float) -> float:
     """Basis points from the mid; 0 where there is no price."""
-    return np.where(price > 0, _ratio(price - mid, np.broadcast_to(mid, price.shape)), 0) * 1e4
+    return (price - mid) / mid * 1e4 if price > 0 and mid > 0 else 0.0
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
-
-
-def _log_ratio(value: Floats, before: Floats) -> Floats:
-    known = (value > 0) & (before > 0)
-    return np.log(np.where(known, _ratio(value, before), 1.0))
-
-
-def _log1p_time(elapsed_us: Ints) -> Floats:
-    return np.log1p(np.maximum(elapsed_us, 0).astype(np.float64))
+@compiled
+def _log_ratio(value: float, before: float) -> float:
+    return np.log(value / before) if value > 0 and before > 0 else 0.0

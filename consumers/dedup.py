@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -63,7 +64,20 @@ class LocalFirstSeen:
         self._sources: OrderedDict[str, str] = OrderedDict()
 
     async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
-        return [self.remember(*pair) for pair in zip(ids, sources, strict=True)]
+        return self.remember_all(ids, sources)
+
+    def remember_all(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+        """Each id's first source; the one given if there was none."""
+        first = list(map(self._sources.setdefault, ids, sources))
+        for event_id in ids:
+            self._sources.move_to_end(event_id)
+        while len(self._sources) > self._max_ids:
+            self._sources.popitem(last=False)
+        return first
+
+    def all_known(self, ids: Sequence[str]) -> list[str | None]:
+        """Each id's first source, where it is remembered."""
+        return list(map(self._sources.get, ids))
 
     def remember(self, event_id: str, source: str) -> str:
         """The id's first source; ``source`` itself if there was none."""
@@ -72,10 +86,6 @@ class LocalFirstSeen:
         if len(self._sources) > self._max_ids:
             self._sources.popitem(last=False)
         return first
-
-    def known(self, event_id: str) -> str | None:
-        """The id's first source, if it is remembered."""
-        return self._sources.get(event_id)
 
     def snapshot(self) -> list[tuple[str, str]]:
         """Ids and their first sources, the longest unused first."""
@@ -99,12 +109,17 @@ class LocalFirstSeen:
         pass
 
 
+# One argument for all ids: to write and read each by itself takes several times as long, here and
+# in Redis. The keys are not named one by one, as a cluster would want: ids of one micro-batch would
+# lie on all of its nodes anyway.
 _SET_OR_GET = """
-local first = {}
-for i, key in ipairs(KEYS) do
-  first[i] = redis.call('SET', key, ARGV[i + 1], 'NX', 'GET', 'EX', ARGV[1]) or ''
+local ttl, prefix, given = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
+local ids, sources, known = given[1], given[2], {}
+for i, id in ipairs(ids) do
+  local first = redis.call('SET', prefix .. id, sources[i], 'NX', 'GET', 'EX', ttl)
+  if first then known[#known + 1] = {i - 1, first} end
 end
-return first
+return cmsgpack.pack(known)
 """
 
 _TAKE_OVER = """
@@ -160,13 +175,17 @@ class RedisFirstSeen:
             raise ConfigError(f"Redis at {self._shown_url} is {version}; 7.0 or newer is needed")
 
     async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
-        first = [self._local.known(event_id) for event_id in ids]
-        asked = [index for index, source in enumerate(first) if source is None]
-        if asked:
-            answers = await self._ask([ids[i] for i in asked], [sources[i] for i in asked])
-            for index, answer in zip(asked, answers, strict=True):
-                first[index] = self._local.remember(ids[index], answer or sources[index])
-        return [source for source in first if source is not None]
+        known = self._local.all_known(ids)
+        asked = [index for index, source in enumerate(known) if source is None]
+        if not asked:
+            return [source for source in known if source is not None]
+        if len(asked) == len(ids):
+            return self._local.remember_all(ids, await self._ask(ids, sources))
+        answers = await self._ask([ids[i] for i in asked], [sources[i] for i in asked])
+        first = self._local.remember_all([ids[i] for i in asked], answers)
+        for index, source in zip(asked, first, strict=True):
+            known[index] = source
+        return [source for source in known if source is not None]
 
     async def take_over(self, event_id: str, former: str, source: str) -> str:
         key = self._prefix + event_id
@@ -178,11 +197,18 @@ class RedisFirstSeen:
         self._local.put(event_id, first)
         return first
 
-    async def _ask(self, ids: list[str], sources: list[str]) -> list[str]:
-        """What Redis saw first; "" for ids new to it, and for all while it is down."""
-        keys = [self._prefix + one for one in ids]
-        found = await self._call(lambda: self._script(keys, [self._ttl_s, *sources]), len(ids))
-        return [""] * len(ids) if found is None else [source.decode() for source in found]
+    async def _ask(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+        """What Redis saw first; the source given for ids new to it; that for all while it is down."""
+        first = list(sources)
+        answer = await self._call(lambda: self._set_or_get(ids, sources), len(ids))
+        for index, source in msgspec.msgpack.decode(answer) if answer else ():
+            first[index] = source
+        return first
+
+    async def _set_or_get(self, ids: Sequence[str], sources: Sequence[str]) -> bytes:
+        given = msgspec.msgpack.encode((ids, sources))
+        answer: bytes = await self._script([], [self._ttl_s, self._prefix, given])
+        return answer
 
     async def _call(self, call: Callable[[], Awaitable[Any]], num_ids: int) -> Any:
         """Redis's answer; None while it is down. Asks again once a second."""
@@ -210,9 +236,9 @@ class RedisFirstSeen:
         known = self._local.snapshot()
         for start in range(0, len(known), _SHARED_AT_ONCE):
             chunk = known[start : start + _SHARED_AT_ONCE]
-            keys = [self._prefix + event_id for event_id, _ in chunk]
+            ids, sources = zip(*chunk, strict=True)
             try:
-                await self._script(keys, [self._ttl_s, *(source for _, source in chunk)])
+                await self._set_or_get(ids, sources)
             except (RedisError, OSError, TimeoutError):
                 return  # down again: the next time it is back begins anew
 

@@ -1,6 +1,11 @@
 """What a worker sends: features and dead letters as Kafka messages, headers included."""
 
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+
 from consumers.budget import BatchTimes, timing_header
+from consumers.encoding import FeatureEncoder, Sources
+from consumers.items import Item
 from consumers.parcels import Outgoing
 from consumers.records import Record
 from consumers.tracing import TRACE_HEADER, EventTrace
@@ -8,9 +13,8 @@ from inference.client import Inference
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
 from schemas.lanes import LaneSettings
-from schemas.messages import DeadLetter, FeatureVector, Flags, MarketEvent
+from schemas.messages import DeadLetter
 
-SOURCE_APPENDED_HEADER = "source-appended-us"
 ATTEMPTS_HEADER = "dlq-attempts"
 """On a replayed record: how often it has failed before, in decimal."""
 REPLAYED_FROM_HEADER = "dlq-replayed-from"
@@ -35,53 +39,48 @@ class Envelopes:
         says_timing: bool = False,
     ) -> None:
         self._codec = codec
-        self._channels_version = channels_version
-        self._score_names = score_names
+        self._features = FeatureEncoder(codec, channels_version, score_names)
         self._says_timing = says_timing
 
-    def feature(
+    def features(
         self,
         lane: LaneSettings,
-        record: Record,
-        event: MarketEvent,
+        items: Sequence[Item],
         inference: Inference,
-        row: int,
-        flags: Flags,
+        rows: Sequence[int],
+        flags: Sequence[int],
         times: BatchTimes,
-        trace: EventTrace | None = None,
-    ) -> Outgoing:
-        """The feature of one event: row ``row`` of ``inference``. Keyed by symbol.
+        traces: Sequence[EventTrace | None] = (),
+    ) -> list[Outgoing]:
+        """The features of events of one lane: those rows of ``inference``. Keyed by symbol.
 
-        Carries when its event was appended and, if there is one, the event's trace: as this worker
-        goes on with it, or as it came.
+        A feature carries its event's trace, if there is one: as this worker goes on with it, or as
+        it came.
         """
-        topic, number = record.partition
-        scores = zip(self._score_names, inference.scores[row].tolist(), strict=True)
-        feature = FeatureVector(
-            event_id=event.event_id,
-            symbol=event.symbol,
-            venue=event.venue,
-            event_time_us=event.event_time_us,
-            lane=lane.name,
-            model_version=inference.model_version,
-            channels_version=self._channels_version,
-            source_topic=topic,
-            source_partition=number,
-            source_offset=record.offset,
-            features=inference.features[row],
-            scores=dict(scores),
-            flags=flags,
+        records = [item.record for item in items]
+        sources = Sources(
+            [item.head for item in items],
+            [record.partition[1] for record in records],
+            [record.offset for record in records],
+            [record.appended_us for record in records],
         )
-        value, headers = self._codec.encode_feature(feature)
-        appended = (SOURCE_APPENDED_HEADER, str(record.appended_us).encode())
-        more: list[tuple[str, bytes | None]] = (
+        values = self._features.encode(lane.name, lane.topic, sources, inference, rows, flags)
+        headers: Iterable[Sequence[tuple[str, bytes | None]]] = repeat(())
+        if traces or self._says_timing or any(record.headers for record in records):
+            known = traces or [None] * len(records)
+            headers = [self._headers(*pair, times) for pair in zip(records, known, strict=True)]
+        keys = [item.key for item in items]
+        return list(map(Outgoing, repeat(lane.output_topic), keys, values, headers))
+
+    def _headers(
+        self, record: Record, trace: EventTrace | None, times: BatchTimes
+    ) -> list[tuple[str, bytes | None]]:
+        headers: list[tuple[str, bytes | None]] = (
             [trace.header()] if trace else [one for one in record.headers if one[0] == TRACE_HEADER]
         )
         if self._says_timing:
-            more.append(timing_header(record, times))
-        return Outgoing(
-            lane.output_topic, event.symbol.encode(), value, [*headers, appended, *more]
-        )
+            headers.append(timing_header(record, times))
+        return headers
 
     def dead_letter(
         self,
@@ -112,15 +111,15 @@ class Envelopes:
             failed_at_us=failed_at_us,
             model_version=model_version if poison.stage == "infer" else None,
         )
-        value, headers = self._codec.encode_dead_letter(letter)
+        value = self._codec.encode_dead_letter(letter)
         why = [
             ("dlq-stage", poison.stage),
             ("dlq-reason", poison.reason),
             ("dlq-message", str(poison)),
             ("dlq-source", record.source),
         ]
-        named = [(name, text.encode()) for name, text in why]
-        return Outgoing(lane.dlq_topic, record.key, value, [*headers, *named])
+        named: list[tuple[str, bytes | None]] = [(name, text.encode()) for name, text in why]
+        return Outgoing(lane.dlq_topic, record.key, value, named)
 
 
 def _former_attempts(record: Record) -> int:

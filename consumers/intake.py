@@ -3,39 +3,60 @@
 import asyncio
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consumers.assignments import Assignments
+from consumers.columns import EventColumns, EventDecoder
 from consumers.dedup import FirstSeen
 from consumers.envelopes import REPLAYED_FROM_HEADER
+from consumers.items import Item
 from consumers.metrics import LaneCounts
 from consumers.offsets import PartitionProgress, Span
-from consumers.records import Partition, Record
+from consumers.records import Record
 from consumers.retry import retrying
 from consumers.windows import WindowStore
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
 from schemas.lanes import LaneSettings
-from schemas.messages import Flags, MarketEvent
+from schemas.messages import Flags
 from schemas.settings import Settings
 
+_LANE, _PARTITION = attrgetter("lane"), attrgetter("partition")
 
-class Item(NamedTuple):
-    """A record on its way, with the assignment that it came by."""
 
-    record: Record
-    progress: PartitionProgress
-    event: MarketEvent
+class Decoded(NamedTuple):
+    """Records that are events: one of each for each of them, in their order.
 
-    @property
-    def is_live(self) -> bool:
-        """A feature is owed; else it only rebuilds its window."""
-        return self.record.offset >= self.progress.live_from
+    Attributes:
+        progress: the assignments that they came by.
+    """
+
+    records: list[Record]
+    progress: list[PartitionProgress]
+    events: EventColumns
+
+    def those(self, chosen: Sequence[bool]) -> "Decoded":
+        """The chosen ones, in their order."""
+        if all(chosen):
+            return self
+        return Decoded(
+            list(compress(self.records, chosen)),
+            list(compress(self.progress, chosen)),
+            self.events.those(chosen),
+        )
+
+    def are_live(self) -> list[bool]:
+        """Whether each is owed a feature; else it only rebuilds its window."""
+        pairs = zip(self.records, self.progress, strict=True)
+        return [record.offset >= progress.live_from for record, progress in pairs]
 
 
 Letter = tuple[Record, PoisonRecord]
@@ -87,7 +108,7 @@ class Intake:
         self._first_seen = first_seen
         self._assignments = assignments
         self._windows = windows
-        self._codec = codec
+        self._decoder = EventDecoder(codec, windows.channels.check)
         self._counts = counts
         self._clock = clock
         self.configure(settings.active_lanes)
@@ -95,6 +116,10 @@ class Intake:
     def configure(self, lanes: Sequence[LaneSettings]) -> None:
         """Other settings of the same lanes, from the next micro-batch on."""
         self._lanes = {lane.name: lane for lane in lanes}
+        self._any_skips = any(lane.expired == "skip" for lane in lanes)
+        self._are_thinned = self._any_skips or any(
+            lane.stride > 1 or lane.min_interval_ms for lane in lanes
+        )
 
     async def prepare(self, records: list[Record]) -> MicroBatch:
         """Decodes, drops duplicates and fills windows.
@@ -102,137 +127,147 @@ class Intake:
         Raises TransientError when a Schema Registry stays away for ``retry_deadline_s``.
         """
         taken_us = self._now_us()
-        owners = {one.partition: self._assignments[one.partition] for one in records}
-        live, spans = self._start_spans(records, owners)
-        items, letters = await retrying(
-            "decode", lambda: self._decode(records, owners), self._retry_deadline_s
+        progress = [self._assignments[record.partition] for record in records]
+        live, spans = self._start_spans(records, progress)
+        decoded, letters = await retrying(
+            "decode", lambda: self._decode(records, progress), self._retry_deadline_s
         )
-        items = await self._drop_duplicates(items)
-        return self._append(live, self._drop_abandoned(items), letters, spans, taken_us)
+        fresh = await self._drop_duplicates(decoded)
+        return self._append(live, self._drop_abandoned(fresh), letters, spans, taken_us)
 
     def _now_us(self) -> int:
         return int(self._clock() * 1e6)
 
     def _start_spans(
-        self, records: Sequence[Record], owners: Mapping[Partition, PartitionProgress]
+        self, records: Sequence[Record], progress: Sequence[PartitionProgress]
     ) -> tuple[list[Record], list[tuple[PartitionProgress, Span]]]:
         now_s = time.monotonic()
-        live: list[Record] = []
-        ends: dict[Partition, int] = {}
-        for record in records:
-            counts = self._counts[record.lane]
-            if record.offset >= owners[record.partition].live_from:
-                counts.records += 1
-                ends[record.partition] = record.offset + 1
-                live.append(record)
-            else:
-                counts.replayed += 1
-        started = [(owners[partition], end) for partition, end in ends.items()]
-        return live, [(progress, progress.start(end, now_s)) for progress, end in started]
+        pairs = zip(records, progress, strict=True)
+        live = [record for record, owner in pairs if record.offset >= owner.live_from]
+        for lane, num in Counter(map(_LANE, live)).items():
+            self._counts[lane].records += num
+        if len(live) < len(records):
+            for lane, num in (Counter(map(_LANE, records)) - Counter(map(_LANE, live))).items():
+                self._counts[lane].replayed += num
+        owners = dict(zip(map(_PARTITION, records), progress, strict=True))
+        ends = {record.partition: record.offset + 1 for record in live}
+        return live, [(owners[one], owners[one].start(end, now_s)) for one, end in ends.items()]
 
     async def _decode(
-        self, records: Sequence[Record], owners: Mapping[Partition, PartitionProgress]
-    ) -> tuple[list[Item], list[Letter]]:
-        items: list[Item] = []
-        letters: list[Letter] = []
-        for record in records:
-            progress = owners[record.partition]
-            try:
-                items.append(Item(record, progress, self._event(record)))
-            except PoisonRecord as poison:
-                if record.offset >= progress.live_from:
-                    letters.append((record, poison))
-        return items, letters
+        self, records: list[Record], progress: list[PartitionProgress]
+    ) -> tuple[Decoded, list[Letter]]:
+        values = [self._within_bounds(record.value) for record in records]
+        events, poison = self._decoder.decode(values, [record.headers for record in records])
+        if not poison:
+            return Decoded(records, progress, events), []
+        good = [row not in poison for row in range(len(records))]
+        letters = [
+            (records[row], self._too_large(records[row].value) or why)
+            for row, why in poison.items()
+            if records[row].offset >= progress[row].live_from
+        ]
+        return Decoded(
+            list(compress(records, good)), list(compress(progress, good)), events
+        ), letters
 
-    def _event(self, record: Record) -> MarketEvent:
-        max_bytes = self._max_message_bytes
-        if record.value is not None and len(record.value) > max_bytes:
-            raise PoisonRecord(
-                "decode",
-                "too_large",
-                f"{len(record.value)} bytes; worker.max_message_bytes is {max_bytes}",
-            )
-        event = self._codec.decode_event(record.value, record.headers)
-        self._windows.channels.check(event)
-        return event
+    def _within_bounds(self, value: bytes | None) -> bytes | None:
+        """The value, unless it is too large to be looked at."""
+        return value if value is None or len(value) <= self._max_message_bytes else None
 
-    async def _drop_duplicates(self, items: list[Item]) -> list[Item]:
-        sources = [item.record.source for item in items]
-        ids = [self._id(item) for item in items]
+    def _too_large(self, value: bytes | None) -> PoisonRecord | None:
+        if value is None or len(value) <= self._max_message_bytes:
+            return None
+        return PoisonRecord(
+            "decode",
+            "too_large",
+            f"{len(value)} bytes; worker.max_message_bytes is {self._max_message_bytes}",
+        )
+
+    async def _drop_duplicates(self, decoded: Decoded) -> Decoded:
+        records = decoded.records
+        sources = [record.source for record in records]
+        ids = decoded.events.ids
+        if not self._across_lanes:
+            ids = [f"{record.lane}:{one}" for record, one in zip(records, ids, strict=True)]
         first = await self._first_seen.sightings(ids, sources)
+        if first == sources:
+            return decoded
         fresh = []
-        for item, event_id, source, first_source in zip(items, ids, sources, first, strict=True):
+        for row, (source, first_source) in enumerate(zip(sources, first, strict=True)):
             owners = first_source.split("|")
-            if source not in owners and (former := _replayed_from(item.record)):
-                owners = (await self._first_seen.take_over(event_id, former, source)).split("|")
-            if source in owners:
-                fresh.append(item)
-            elif item.is_live:
-                self._counts[item.record.lane].duplicates += 1
-        return fresh
+            if source not in owners and (former := _replayed_from(records[row])):
+                owners = (await self._first_seen.take_over(ids[row], former, source)).split("|")
+            fresh.append(source in owners)
+            if not fresh[row] and records[row].offset >= decoded.progress[row].live_from:
+                self._counts[records[row].lane].duplicates += 1
+        return decoded.those(fresh)
 
-    def _id(self, item: Item) -> str:
-        event_id = item.event.event_id
-        return event_id if self._across_lanes else f"{item.record.lane}:{event_id}"
-
-    def _drop_abandoned(self, items: list[Item]) -> list[Item]:
+    def _drop_abandoned(self, decoded: Decoded) -> Decoded:
         """Leaves out what belongs to a partition's next owner by now."""
-        for item in items:
-            if item.progress.closed and item.is_live:
-                self._counts[item.record.lane].abandoned += 1
-        return [item for item in items if not item.progress.closed]
+        if not any(one.closed for one in set(decoded.progress)):
+            return decoded
+        for record, progress in zip(decoded.records, decoded.progress, strict=True):
+            if progress.closed and record.offset >= progress.live_from:
+                self._counts[record.lane].abandoned += 1
+        return decoded.those([not one.closed for one in decoded.progress])
 
     def _append(
         self,
         live: list[Record],
-        items: list[Item],
+        decoded: Decoded,
         letters: list[Letter],
         spans: list[tuple[PartitionProgress, Span]],
         taken_us: int,
     ) -> MicroBatch:
         """Adds the events to their windows and takes out those that the model shall see."""
-        lanes = [self._lanes[item.record.lane] for item in items]
-        now_us = self._now_us()
-        skipped = [
-            lane.expired == "skip"
-            and item.is_live
-            and lane.is_late(item.record.appended_us, now_us)
-            for item, lane in zip(items, lanes, strict=True)
-        ]
-        wanted = [
-            item.is_live and not skip and _is_sampled(item.event, lane.stride)
-            for item, lane, skip in zip(items, lanes, skipped, strict=True)
-        ]
+        records, owners, events = decoded
+        are_live = decoded.are_live()
+        skipped = self._skipped(records, are_live)
+        intervals_us = np.zeros(len(records), np.int64)
+        wanted = are_live
+        if self._are_thinned:
+            lanes = [self._lanes[record.lane] for record in records]
+            intervals_us[:] = [int(lane.min_interval_ms * 1000) for lane in lanes]
+            wanted = [
+                one and row not in skipped and _is_sampled(event_id, lane.stride)
+                for row, (one, event_id, lane) in enumerate(
+                    zip(are_live, events.ids, lanes, strict=True)
+                )
+            ]
         appended = self._windows.append(
-            [item.record.partition for item in items],
-            [item.record.offset for item in items],
-            [item.event for item in items],
+            [record.partition for record in records],
+            [record.offset for record in records],
+            events,
             np.array(wanted, bool),
-            np.array([int(lane.min_interval_ms * 1000) for lane in lanes], np.int64),
+            intervals_us,
         )
-        flags = appended.flags
-        for row, (item, full, given) in enumerate(
-            zip(items, appended.full, appended.given, strict=True)
-        ):
-            item.progress.appended = item.record.offset + 1
-            if given:
-                flags[row] |= _flag_of_skipped(item)
-            elif not item.is_live:
+        for progress, record in dict(zip(owners, records, strict=True)).items():
+            progress.appended = record.offset + 1
+        for row in np.flatnonzero(~appended.given).tolist():
+            counts = self._counts[records[row].lane]
+            if not are_live[row]:
                 continue
-            elif not full:
-                self._counts[item.record.lane].warm_up += 1
-            elif skipped[row]:
-                self._counts[item.record.lane].skipped += 1
-                item.progress.passed_over.add((item.event.venue, item.event.symbol))
+            if not appended.full[row]:
+                counts.warm_up += 1
+            elif row in skipped:
+                counts.skipped += 1
+                owners[row].passed_over.add(events.symbols[row])
             else:
-                self._counts[item.record.lane].thinned += 1
+                counts.thinned += 1
+        given = appended.given.tolist()
+        columns = (records, owners, events.keys, events.symbols, events.heads)
+        items = list(map(Item._make, compress(zip(*columns, strict=True), given)))
+        flags = appended.flags[appended.given]
+        if any(one.passed_over for one in set(owners)):
+            for row, item in enumerate(items):
+                flags[row] |= _flag_of_skipped(item)
 
         published: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         open_partitions = [one.partition for one, _ in spans if not one.closed]
         return MicroBatch(
             live=live,
-            items=[item for item, given in zip(items, appended.given, strict=True) if given],
-            flags=flags[appended.given],
+            items=items,
+            flags=flags,
             windows=appended.windows,
             letters=letters,
             taken_us=taken_us,
@@ -242,18 +277,29 @@ class Intake:
             published=published,
         )
 
+    def _skipped(self, records: Sequence[Record], are_live: Sequence[bool]) -> set[int]:
+        """Which are past their deadline, in lanes that make no features of such."""
+        now_us = self._now_us()
+        return {
+            row
+            for row, record in enumerate(records if self._any_skips else ())
+            if are_live[row]
+            and (lane := self._lanes[record.lane]).expired == "skip"
+            and lane.is_late(record.appended_us, now_us)
+        }
 
-def _is_sampled(event: MarketEvent, stride: int) -> bool:
+
+def _is_sampled(event_id: str, stride: int) -> bool:
     """One event in ``stride``, by a hash of its id: a replay chooses the same ones."""
-    return stride == 1 or zlib.crc32(event.event_id.encode()) % stride == 0
+    return stride == 1 or zlib.crc32(event_id.encode()) % stride == 0
 
 
 def _flag_of_skipped(item: Item) -> Flags:
     """SKIPPED, once, if events of its symbol have been skipped since its last feature."""
     passed_over = item.progress.passed_over
-    if not passed_over or (key := (item.event.venue, item.event.symbol)) not in passed_over:
+    if item.symbol not in passed_over:
         return Flags(0)
-    passed_over.remove(key)
+    passed_over.remove(item.symbol)
     return Flags.SKIPPED
 
 

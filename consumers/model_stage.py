@@ -100,8 +100,8 @@ class ModelStage:
             self.requests.ended(lanes, lanes, time.monotonic() - begun_s)
             raise
         failed = Counter(
-            item.record.lane
-            for item, outcome in zip(batch.items, outcomes, strict=True)
+            batch.items[row].record.lane
+            for row, outcome in enumerate(outcomes)
             if isinstance(outcome, PoisonRecord)
         )
         self.requests.ended(lanes, failed, time.monotonic() - begun_s)
@@ -110,7 +110,7 @@ class ModelStage:
 
     async def _outcomes(self, batch: MicroBatch) -> list[Outcome]:
         """By the version that each symbol is for."""
-        groups = self._rollout.group([(one.event.venue, one.event.symbol) for one in batch.items])
+        groups = self._rollout.group([item.symbol for item in batch.items])
         if len(groups) == 1:
             [version] = groups
             return await self._infer_by(version, batch, batch.windows, None)

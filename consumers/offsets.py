@@ -56,8 +56,8 @@ class PartitionProgress:
         self.appended = assignment.replay_from
         """The next offset that the windows have not seen."""
         self.closed = False
-        self.passed_over: set[tuple[str, str]] = set()
-        """Venue and symbol of events that were skipped, until the symbol's next feature."""
+        self.passed_over: set[bytes] = set()
+        """The symbols of events that were skipped, until the symbol's next feature."""
         self._committed = assignment.live_from
         self._spans: deque[Span] = deque()
         self._checkpoints = deque([(assignment.live_from, assignment.replay_from)])
@@ -92,9 +92,14 @@ class PartitionProgress:
         while self._spans and self._spans[0].finished:
             self.committable = self._spans.popleft().end
 
+    @property
+    def is_past_checkpoint(self) -> bool:
+        """The windows have changed since the last checkpoint."""
+        return self.appended > self._checkpoints[-1][0]
+
     def checkpoint(self, replay_offset: int) -> None:
         """Notes that a replay from ``replay_offset`` gives the windows as they are now."""
-        if self.appended > self._checkpoints[-1][0]:
+        if self.is_past_checkpoint:
             self._checkpoints.append((self.appended, replay_offset))
 
     def commit_point(self) -> CommitPoint | None:

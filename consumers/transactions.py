@@ -20,7 +20,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from consumers.offsets import encode_metadata
 from consumers.parcels import Outgoing, Parcel
-from consumers.publisher import make_producer
+from consumers.publisher import make_producer, try_produce
 from consumers.records import CommitPoint
 from schemas.errors import AssignmentLost, ConfigError, TapelineError, TransientError
 from schemas.lanes import LaneSettings
@@ -243,15 +243,8 @@ class LaneTransactions:
             raise self._abort(error.args[0]) from error
 
     def _produce(self, message: Outgoing) -> None:
-        while True:
-            try:
-                self._producer.produce(
-                    message.topic, message.value, message.key, headers=list(message.headers)
-                )
-            except BufferError:
-                self._producer.poll(_RETRY_PAUSE_S)
-            else:
-                return
+        while not try_produce(self._producer, message):
+            self._producer.poll(_RETRY_PAUSE_S)
 
     def _retrying(self, call: Callable[[], None]) -> None:
         """Calls until it is done: what librdkafka calls retriable goes on where it stopped."""

@@ -14,9 +14,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.channels import Bools, ChannelSet, Ints, Segments
+from consumers.channels import Bools, ChannelSet, Ints
+from consumers.columns import NO_SEQUENCE, EventColumns, an_event
+from consumers.compiled import compiled
 from consumers.records import Partition
-from schemas.messages import Flags, MarketEvent
+from schemas.messages import Flags
 from schemas.settings import WindowSettings
 
 T = TypeVar("T", bound=np.generic)
@@ -57,37 +59,41 @@ _SYMBOL = np.dtype(
         ("num_rows", "i8"),
     ]
 )
-_NO_SEQUENCE = -1
+_GAP, _OUT_OF_ORDER = int(Flags.GAP), int(Flags.OUT_OF_ORDER)
+
+
+_NOBODYS: Partition = ("", -1)
 
 
 class WindowStore:
     """The windows of every symbol of every assigned partition.
 
     State belongs to (topic, partition, venue, symbol). Bounded: ``max_symbols`` a partition, the
-    longest unseen leaves first.
+    longest unseen leaves first. Compiles its code when it is made.
 
-    Invariant: a slot's rows are columns ``end - num_rows`` to ``end`` of ``values[slot]``, which
-    has a few spare columns so that a row is written once and moved rarely.
+    Invariant: ``values[slot]`` is a ring of steps, ``end`` the place of its symbol's next row.
     """
 
     def __init__(self, channels: ChannelSet, settings: WindowSettings) -> None:
         self.channels = channels
         self._steps = settings.num_steps
-        self._width = settings.num_steps + max(4, settings.num_steps // 5)
-        self._max_gap_us = int(settings.max_gap_s * 1e6)
+        self._limits = np.array(
+            [settings.num_steps, int(settings.max_gap_s * 1e6), settings.max_idle_records], np.int64
+        )
         self._max_idle_records = settings.max_idle_records
         self._max_symbols = settings.max_symbols
-        self._slots: dict[Partition, OrderedDict[tuple[str, str], int]] = {}
+        self._slots: dict[Partition, OrderedDict[bytes, int]] = {}
         self._free: list[int] = []
-        self._ends: list[int] = []
+        self._ends = np.zeros(0, np.int64)
         self._symbols = np.zeros(0, _SYMBOL)
         self._states = np.zeros(0, channels.state)
-        self._values = np.zeros((0, channels.num_channels, self._width), np.float32)
-        self._floors = np.zeros((0, self._width), np.int64)
+        self._values = np.zeros((0, channels.num_channels, self._steps), np.float32)
+        self._floors = np.zeros((0, self._steps), np.int64)
         self._evicted_total = 0
         self._emptied_total = 0
         none = np.zeros(0, bool)
         self._nothing = Appended(none, none, self._empty_windows(0), np.zeros(0, np.uint8))
+        self._compile()
 
     def assign(self, partition: Partition) -> None:
         """Makes room for a partition; its windows begin empty."""
@@ -102,7 +108,7 @@ class WindowStore:
         self,
         partitions: Sequence[Partition],
         offsets: Sequence[int],
-        events: Sequence[MarketEvent],
+        events: EventColumns,
         wanted: Bools,
         min_intervals_us: Ints,
     ) -> Appended:
@@ -113,42 +119,33 @@ class WindowStore:
             min_intervals_us: int64, (n,): above 0, only the first event of a symbol in each
                 interval of event time is wanted, intervals counted from the epoch.
         """
-        if not events:
+        num = len(events)
+        if not num:
             return self._nothing
-        slots, seen_before = self._find_slots(partitions, events)
-        order = np.argsort(slots, kind="stable")
-        slots, ordered = slots[order], [events[index] for index in order]
-        newest = np.zeros(len(events), _SYMBOL)
-        newest["time_us"] = [event.event_time_us for event in ordered]
-        newest["offset"] = np.array(offsets, np.int64)[order]
-        newest["sequence"] = [
-            _NO_SEQUENCE if event.sequence is None else event.sequence for event in ordered
-        ]
-        by_slot = Segments.starting(np.append(True, slots[1:] != slots[:-1]))
-        before = by_slot.previous(newest, self._symbols[slots[by_slot.first]])
-        emptied = ~seen_before[order] | self._is_void(before, newest)
-        runs = self._runs(slots, by_slot, emptied)
-
-        rows, floors, states = self.channels.rows(
-            ordered,
-            newest["offset"],
-            newest["time_us"],
-            runs,
-            self._carried(slots[runs.first], emptied[runs.first]),
+        slots, fresh = self._find_slots(partitions, events.symbols)
+        at = np.fromiter(offsets, np.int64, num)
+        emptied, full, given = np.empty(num, bool), np.empty(num, bool), np.empty(num, bool)
+        flags = np.empty(num, np.uint8)
+        _advance(
+            slots,
+            fresh,
+            at,
+            events.times_us,
+            events.sequences,
+            wanted,
+            min_intervals_us,
+            self._symbols,
+            self._limits,
+            emptied,
+            full,
+            given,
+            flags,
         )
-        position = np.arange(len(order)) - runs.first[runs.of]
-        carried_rows = np.where(emptied, 0, self._symbols["num_rows"][slots])[runs.first]
-        newest["num_rows"] = np.minimum(carried_rows[runs.of] + position + 1, self._steps)
-
-        full = _unsort(newest["num_rows"] == self._steps, order)
-        starts = emptied | _starts_interval(before, newest, min_intervals_us[order])
-        given = full & wanted & _unsort(starts, order)
-        windows = self._write(slots, rows, floors, np.where(given, np.cumsum(given) - 1, -1)[order])
-        self._symbols[slots[by_slot.last]] = newest[by_slot.last]
-        self._states[slots[by_slot.last]] = states[runs.of[by_slot.last]]
-        self._emptied_total += int(emptied.sum() - (~seen_before).sum())
-        flags = np.where(emptied, 0, _flags(before, newest)).astype(np.uint8)
-        return Appended(full, given, windows, _unsort(flags, order))
+        rows, floors = self.channels.rows(events, at, slots, emptied, self._states)
+        windows = self._empty_windows(int(np.count_nonzero(given)))
+        _write(slots, rows, floors, given, self._ends, self._values, self._floors, windows)
+        self._emptied_total += int(np.count_nonzero(emptied) - np.count_nonzero(fresh))
+        return Appended(full, given, windows, flags)
 
     def replay_offset(self, partition: Partition, position: int) -> int:
         """The offset from which a replay rebuilds this partition's windows, bit for bit.
@@ -162,12 +159,12 @@ class WindowStore:
         slots, num_rows = slots[alive], symbols["num_rows"][alive]
         if not len(slots):
             return position
-        oldest = np.array([self._ends[slot] for slot in slots]) - num_rows
+        oldest = (self._ends[slots] - num_rows) % self._steps
         return int(self._floors[slots, oldest].min())
 
     def statistics(self) -> WindowStatistics:
         """A snapshot of sizes and counts."""
-        arrays = (self._values, self._floors, self._symbols, self._states)
+        arrays = (self._values, self._floors, self._symbols, self._states, self._ends)
         return WindowStatistics(
             num_symbols=sum(len(slots) for slots in self._slots.values()),
             evicted_total=self._evicted_total,
@@ -175,110 +172,133 @@ class WindowStore:
             allocated_bytes=sum(array.nbytes for array in arrays),
         )
 
+    def _compile(self) -> None:
+        """Has the code made now and not with the first event."""
+        self.assign(_NOBODYS)
+        self.append([_NOBODYS], [0], an_event(), np.ones(1, bool), np.zeros(1, np.int64))
+        self.revoke(_NOBODYS)
+
     def _find_slots(
-        self, partitions: Sequence[Partition], events: Sequence[MarketEvent]
+        self, partitions: Sequence[Partition], symbols: Sequence[bytes]
     ) -> tuple[Ints, Bools]:
-        """The slot of each event's symbol, and whether the symbol had one before."""
-        slots = np.empty(len(events), np.int64)
-        seen_before = np.ones(len(events), bool)
-        for index, (partition, event) in enumerate(zip(partitions, events, strict=True)):
+        """The slot of each event's symbol, and whether the symbol is new to it."""
+        slots: list[int] = []
+        fresh = np.zeros(len(symbols), bool)
+        for partition, symbol in zip(partitions, symbols, strict=True):
             of_partition = self._slots[partition]
-            key = (event.venue, event.symbol)
-            slot = of_partition.get(key)
+            slot = of_partition.get(symbol)
             if slot is None:
-                if len(of_partition) == self._max_symbols:
-                    _, leaving = of_partition.popitem(last=False)
-                    self._free.append(leaving)
-                    self._evicted_total += 1
-                if not self._free:
-                    self._grow()
-                slot = of_partition[key] = self._free.pop()
-                seen_before[index] = False
+                fresh[len(slots)] = True
+                slot = of_partition[symbol] = self._free_slot(of_partition)
             else:
-                of_partition.move_to_end(key)
-            slots[index] = slot
-        return slots, seen_before
+                of_partition.move_to_end(symbol)
+            slots.append(slot)
+        return np.array(slots, np.int64), fresh
 
-    def _is_void(self, before: NDArray[np.void], newest: NDArray[np.void]) -> Bools:
-        """Whether so much lies between two events of a symbol that its window begins anew."""
-        gap: Bools = newest["time_us"] - before["time_us"] > self._max_gap_us
-        idle: Bools = newest["offset"] - before["offset"] > self._max_idle_records
-        return gap | idle
-
-    def _runs(self, slots: Ints, by_slot: Segments, emptied: Bools) -> Segments:
-        starts = emptied.copy()
-        starts[by_slot.first] = True
-        return Segments.starting(starts)
-
-    def _carried(self, slots: Ints, emptied: Bools) -> NDArray[np.void]:
-        states = self._states[slots]
-        states[emptied] = self.channels.empty()
-        return states
-
-    def _write(
-        self, slots: Ints, rows: NDArray[np.float32], floors: Ints, places: Ints
-    ) -> NDArray[np.float32]:
-        """Adds the rows and copies the windows asked for to their places (-1: not asked)."""
-        windows = self._empty_windows(int((places >= 0).sum()))
-        ends, steps = self._ends, self._steps
-        for slot, row, floor, place in zip(
-            slots.tolist(), rows, floors.tolist(), places.tolist(), strict=True
-        ):
-            values, slot_floors, end = self._values[slot], self._floors[slot], ends[slot]
-            if end == self._width:
-                values[:, : steps - 1] = values[:, end - steps + 1 :]
-                slot_floors[: steps - 1] = slot_floors[end - steps + 1 :]
-                end = steps - 1
-            values[:, end] = row
-            slot_floors[end] = floor
-            ends[slot] = end = end + 1
-            if place >= 0:
-                windows[place] = values[:, end - steps : end]
-        return windows
+    def _free_slot(self, of_partition: OrderedDict[bytes, int]) -> int:
+        if len(of_partition) == self._max_symbols:
+            _, leaving = of_partition.popitem(last=False)
+            self._free.append(leaving)
+            self._evicted_total += 1
+        if not self._free:
+            self._grow()
+        return self._free.pop()
 
     def _empty_windows(self, num_windows: int) -> NDArray[np.float32]:
         return np.empty((num_windows, self.channels.num_channels, self._steps), np.float32)
 
     def _grow(self) -> None:
-        """Doubles the slots, from 64 on."""
+        """Doubles the slots, from 64 on. The new ones take no memory before they are used."""
         old = len(self._ends)
         added = max(64, old)
-        self._symbols = np.concatenate([self._symbols, np.zeros(added, _SYMBOL)])
-        self._states = np.concatenate([self._states, np.zeros(added, self._states.dtype)])
+        self._symbols = _longer(self._symbols, added)
+        self._states = _longer(self._states, added)
         self._values = _longer(self._values, added)
         self._floors = _longer(self._floors, added)
-        self._ends += [0] * added
+        self._ends = _longer(self._ends, added)
         self._free += range(old + added - 1, old - 1, -1)
 
 
 def _longer(array: NDArray[T], added: int) -> NDArray[T]:
-    return np.concatenate([array, np.zeros((added, *array.shape[1:]), array.dtype)])
+    longer = np.zeros((len(array) + added, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer
 
 
-def _unsort(values: NDArray[T], order: Ints) -> NDArray[T]:
-    restored = np.empty_like(values)
-    restored[order] = values
-    return restored
+@compiled
+def _advance(
+    slots: Ints,
+    fresh: Bools,
+    offsets: Ints,
+    times_us: Ints,
+    sequences: Ints,
+    wanted: Bools,
+    min_intervals_us: Ints,
+    symbols: NDArray[np.void],
+    limits: Ints,
+    emptied: Bools,
+    full: Bools,
+    given: Bools,
+    flags: NDArray[np.uint8],
+) -> None:
+    """Applies the rules to each event against the one of its symbol before it."""
+    num_steps, max_gap_us, max_idle_records = limits
+    for index in range(len(slots)):
+        symbol = symbols[slots[index]]
+        time_us, sequence = times_us[index], sequences[index]
+        emptied[index] = (
+            fresh[index]
+            or time_us - symbol.time_us > max_gap_us
+            or offsets[index] - symbol.offset > max_idle_records
+        )
+        # Intervals are counted from the epoch, a rule without memory: a replay takes the same.
+        length_us = max(min_intervals_us[index], 1)
+        starts = (
+            emptied[index]
+            or not min_intervals_us[index]
+            or time_us // length_us != symbol.time_us // length_us
+        )
+        flags[index] = 0
+        if not emptied[index]:
+            is_numbered = symbol.sequence != NO_SEQUENCE and sequence != NO_SEQUENCE
+            if is_numbered and sequence > symbol.sequence + 1:
+                flags[index] |= _GAP
+            if (is_numbered and sequence <= symbol.sequence) or time_us < symbol.time_us:
+                flags[index] |= _OUT_OF_ORDER
+        symbol.num_rows = 1 if emptied[index] else min(symbol.num_rows + 1, num_steps)
+        symbol.time_us, symbol.offset, symbol.sequence = time_us, offsets[index], sequence
+        full[index] = symbol.num_rows == num_steps
+        given[index] = full[index] and wanted[index] and starts
 
 
-def _starts_interval(
-    before: NDArray[np.void], newest: NDArray[np.void], intervals_us: Ints
-) -> Bools:
-    """Whether an event is its symbol's first in an interval; always, where there is none.
-
-    A rule without memory, so that a replay chooses the same events.
-    """
-    length = np.maximum(intervals_us, 1)
-    starts: Bools = newest["time_us"] // length != before["time_us"] // length
-    starts |= intervals_us == 0
-    return starts
-
-
-def _flags(before: NDArray[np.void], newest: NDArray[np.void]) -> NDArray[np.uint8]:
-    """GAP and OUT_OF_ORDER of each event against the one before it."""
-    numbered = (before["sequence"] != _NO_SEQUENCE) & (newest["sequence"] != _NO_SEQUENCE)
-    steps = newest["sequence"] - before["sequence"]
-    late = (numbered & (steps <= 0)) | (newest["time_us"] < before["time_us"])
-    gap = numbered & (steps > 1)
-    flags: NDArray[np.uint8] = gap * np.uint8(Flags.GAP) | late * np.uint8(Flags.OUT_OF_ORDER)
-    return flags
+@compiled
+def _write(
+    slots: Ints,
+    rows: NDArray[np.float32],
+    floors: Ints,
+    given: Bools,
+    ends: Ints,
+    values: NDArray[np.float32],
+    all_floors: Ints,
+    windows: NDArray[np.float32],
+) -> None:
+    """Adds the rows, and copies the windows that are given."""
+    num_channels, num_steps = values.shape[1], values.shape[2]
+    place = 0
+    for index in range(len(slots)):
+        slot = slots[index]
+        end = ends[slot]
+        ring = values[slot]
+        for channel in range(num_channels):
+            ring[channel, end] = rows[index, channel]
+        all_floors[slot, end] = floors[index]
+        begin = end + 1 if end + 1 < num_steps else 0
+        ends[slot] = begin
+        if given[index]:
+            window, num_older = windows[place], num_steps - begin
+            place += 1
+            for channel in range(num_channels):
+                for step in range(num_older):
+                    window[channel, step] = ring[channel, begin + step]
+                for step in range(begin):
+                    window[channel, num_older + step] = ring[channel, step]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 import structlog
 from prometheus_client.registry import REGISTRY, CollectorRegistry
@@ -43,6 +44,7 @@ from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _WATCH_EVERY_S = 1.0
+_PARTITION = attrgetter("partition")
 
 
 class Worker:
@@ -346,7 +348,8 @@ class Worker:
         for trace in parcel.traces:
             trace.end(now_us)
         counts.features += len(parcel.features)
-        counts.stale += sum(lane.is_stale(record.appended_us, now_us) for record in parcel.features)
+        if lane.expired == "stale":
+            counts.stale += sum(lane.is_late(one.appended_us, now_us) for one in parcel.features)
         self._budget.observe(parcel.lane, parcel.features, times, now_us)
         for record, poison in parcel.letters:
             counts.dead_letters += 1
@@ -360,8 +363,10 @@ class Worker:
 
     def put(self, lane: str, records: list[Record]) -> None:
         """Queues what a poller brought; records of partitions revoked meanwhile are dropped."""
-        owned = [record for record in records if record.partition in self._assignments]
-        self._scheduler.put(lane, owned)
+        taken_away = {one for one in set(map(_PARTITION, records)) if one not in self._assignments}
+        if taken_away:
+            records = [record for record in records if record.partition not in taken_away]
+        self._scheduler.put(lane, records)
         self._arrived.set()
 
     def num_queued(self, lane: str) -> int:

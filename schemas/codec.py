@@ -2,8 +2,9 @@
 
 With a registry: Confluent's wire format (a zero byte, the schema's id, Avro); subject = record
 name.
-Without: bare Avro, and the schema's 64-bit Rabin fingerprint in the header ``avro-fingerprint``;
-fingerprints of older versions are resolved from ``schemas/released/``.
+Without: Avro's single-object encoding (two marker bytes, the schema's 64-bit fingerprint, Avro);
+fingerprints of older versions are resolved from ``schemas/released/``. Bare Avro is read, too, if
+the fingerprint comes in the header ``avro-fingerprint``.
 """
 
 import io
@@ -41,6 +42,8 @@ FINGERPRINT_HEADER = "avro-fingerprint"
 MessageName = Literal["market_event", "feature_vector", "dead_letter"]
 AvroSchema = dict[str, Any]
 
+_SINGLE_OBJECT = b"\xc3\x01"
+_FINGERPRINT_BYTES = 8
 _REGISTRY_PREFIX = struct.Struct(">bI")  # magic byte 0, schema id
 _NOT_FOUND = 404
 
@@ -73,33 +76,43 @@ class Wire(Protocol):
 
     schema: AvroSchema
 
-    def tag(self) -> tuple[bytes, list[tuple[str, bytes]]]:
-        """Gives what precedes the Avro bytes, and the headers that go with them."""
+    prefix: bytes
+    """What precedes the Avro bytes of the current schema."""
 
     def untag(self, value: bytes, headers: Headers) -> tuple[AvroSchema, int]:
         """Gives the writer's parsed schema and where the Avro bytes begin."""
 
 
 class FingerprintWire:
-    """Bare Avro; the fingerprint travels in a header."""
+    """The fingerprint travels in front of the Avro bytes; or, with bare ones, in a header.
+
+    Bare Avro of ours is never taken for the other: it would begin with a name of -98 characters.
+    """
 
     def __init__(self, name: MessageName) -> None:
         current = json.loads(schema_text(name))
         self.schema = _parse(current)
         self._schemas = {fingerprint(one): _parse(one) for one in released_schemas(name)}
         self._schemas[fingerprint(current)] = self.schema
-        self._headers = [(FINGERPRINT_HEADER, fingerprint(current))]
-
-    def tag(self) -> tuple[bytes, list[tuple[str, bytes]]]:
-        return b"", self._headers
+        self.prefix = _SINGLE_OBJECT + bytes.fromhex(fingerprint(current).decode())
 
     def untag(self, value: bytes, headers: Headers) -> tuple[AvroSchema, int]:
+        start = len(_SINGLE_OBJECT) + _FINGERPRINT_BYTES
+        if value.startswith(_SINGLE_OBJECT) and len(value) >= start:
+            found = value[len(_SINGLE_OBJECT) : start].hex().encode()
+            if schema := self._schemas.get(found):
+                return schema, start
+            raise PoisonRecord("decode", "unknown_schema", f"unknown fingerprint {found!r}")
         for name, tag in headers:
             if name == FINGERPRINT_HEADER:
                 if schema := self._schemas.get(tag or b""):
                     return schema, 0
                 raise PoisonRecord("decode", "unknown_schema", f"unknown fingerprint {tag!r:.60}")
-        raise PoisonRecord("decode", "unknown_schema", f"there is no header {FINGERPRINT_HEADER!r}")
+        raise PoisonRecord(
+            "decode",
+            "unknown_schema",
+            f"neither Avro's single-object encoding nor a header {FINGERPRINT_HEADER!r}",
+        )
 
 
 class RegistryWire:
@@ -119,12 +132,9 @@ class RegistryWire:
                 f"cannot register {subject} with the Schema Registry: {error}; "
                 "check schema_registry.url, or unset it to send bare Avro"
             ) from error
-        self._prefix = _REGISTRY_PREFIX.pack(0, schema_id)
+        self.prefix = _REGISTRY_PREFIX.pack(0, schema_id)
         self.schema = _parse(json.loads(text))
         self._schemas = {schema_id: self.schema}
-
-    def tag(self) -> tuple[bytes, list[tuple[str, bytes]]]:
-        return self._prefix, []
 
     def untag(self, value: bytes, headers: Headers) -> tuple[AvroSchema, int]:
         if len(value) < _REGISTRY_PREFIX.size or value[0] != 0:
@@ -173,8 +183,8 @@ class Codec:
         self._client = client
         self._wires: dict[MessageName, Wire] = {}
 
-    def encode_event(self, event: MarketEvent) -> tuple[bytes, list[tuple[str, bytes]]]:
-        """Value and headers of one event. Raises InvalidEvent if it breaks the contract."""
+    def encode_event(self, event: MarketEvent) -> bytes:
+        """The value of one event. Raises InvalidEvent if it breaks the contract."""
         check_event(event)
         payload = event.payload
         return self._encode(
@@ -192,7 +202,7 @@ class Codec:
             },
         )
 
-    def decode_event(self, value: bytes | None, headers: Headers) -> MarketEvent:
+    def decode_event(self, value: bytes | None, headers: Headers = ()) -> MarketEvent:
         record = self._decode("market_event", value, headers)
         name, fields = record["payload"]
         event = MarketEvent(
@@ -209,8 +219,18 @@ class Codec:
             raise PoisonRecord("decode", error.reason, str(error)) from error
         return event
 
-    def encode_feature(self, feature: FeatureVector) -> tuple[bytes, list[tuple[str, bytes]]]:
-        """Value and headers of one feature vector."""
+    @property
+    def event_prefix(self) -> bytes:
+        """What the value of an event in the current schema begins with."""
+        return self._wire("market_event").prefix
+
+    @property
+    def feature_prefix(self) -> bytes:
+        """The same of a feature."""
+        return self._wire("feature_vector").prefix
+
+    def encode_feature(self, feature: FeatureVector) -> bytes:
+        """The value of one feature vector."""
         return self._encode(
             "feature_vector",
             {
@@ -227,10 +247,11 @@ class Codec:
                 "features": feature.features.astype("<f4", copy=False).tobytes(),
                 "scores": feature.scores,
                 "flags": int(feature.flags),
+                "source_appended_us": feature.source_appended_us,
             },
         )
 
-    def decode_feature(self, value: bytes | None, headers: Headers) -> FeatureVector:
+    def decode_feature(self, value: bytes | None, headers: Headers = ()) -> FeatureVector:
         record = self._decode("feature_vector", value, headers)
         if len(record["features"]) % 4:
             raise PoisonRecord("decode", "bad_avro", "features must be little-endian float32")
@@ -238,26 +259,23 @@ class Codec:
         record["flags"] = Flags(record["flags"])
         return FeatureVector(**record)
 
-    def encode_dead_letter(self, letter: DeadLetter) -> tuple[bytes, list[tuple[str, bytes]]]:
-        """Value and headers of one dead letter."""
+    def encode_dead_letter(self, letter: DeadLetter) -> bytes:
+        """The value of one dead letter."""
         record = asdict(letter)
         record["headers"] = [{"name": name, "value": value} for name, value in letter.headers]
         return self._encode("dead_letter", record)
 
-    def decode_dead_letter(self, value: bytes | None, headers: Headers) -> DeadLetter:
+    def decode_dead_letter(self, value: bytes | None, headers: Headers = ()) -> DeadLetter:
         record = self._decode("dead_letter", value, headers)
         record["headers"] = [(one["name"], one["value"]) for one in record["headers"]]
         return DeadLetter(**record)
 
-    def _encode(
-        self, name: MessageName, record: AvroSchema
-    ) -> tuple[bytes, list[tuple[str, bytes]]]:
+    def _encode(self, name: MessageName, record: AvroSchema) -> bytes:
         wire = self._wire(name)
-        prefix, headers = wire.tag()
         out = io.BytesIO()
-        out.write(prefix)
+        out.write(wire.prefix)
         fastavro.schemaless_writer(out, wire.schema, record)
-        return out.getvalue(), headers
+        return out.getvalue()
 
     def _decode(self, name: MessageName, value: bytes | None, headers: Headers) -> AvroSchema:
         if value is None:

@@ -4,7 +4,7 @@ Its own log lines go to the logger ``librdkafka`` and nowhere else unless that i
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import methodcaller
 from typing import Any
 
@@ -78,6 +78,19 @@ def message_headers(message: Any) -> Headers:
     except (SystemError, UnicodeDecodeError):
         return ()
     return headers or ()
+
+
+def all_headers(messages: Iterable[Any]) -> list[Headers]:
+    """``message_headers`` of each, sooner."""
+    found: list[Headers | None] = []
+    asked = map(_call_headers, messages)
+    while True:
+        try:
+            found.extend(asked)
+        except (SystemError, UnicodeDecodeError):  # of the next one; those before it are there
+            found.append(())
+        else:
+            return [headers or () for headers in found]
 
 
 def consume_ready(consumer: Any, max_messages: int, timeout_s: float) -> list[Any]:

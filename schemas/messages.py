@@ -136,6 +136,7 @@ class FeatureVector:
     Attributes:
         event_time_us: of the event that completed the window.
         source_topic, source_partition, source_offset: that event's record.
+        source_appended_us: when that was appended; Unix epoch, microseconds. 0: not known.
         features: float32, shape (F,).
         scores: named by the model artifact; may be empty.
     """
@@ -153,6 +154,7 @@ class FeatureVector:
     features: NDArray[np.float32]
     scores: Mapping[str, float] = field(default_factory=dict)
     flags: Flags = Flags(0)  # noqa: RUF009 - immutable
+    source_appended_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,16 +127,18 @@ class _Connection:
         self.topics[lane] = topic
         return topic
 
-    def encode(self, event: MarketEvent, topic: str, headers: Headers) -> _Outgoing:
+    def encode(self, event: MarketEvent, topic: str, headers: list[tuple[str, bytes | None]]) -> _Outgoing:
         """Raises InvalidEvent."""
-        value, tags = self.codec.encode_event(event)
-        return _Outgoing(topic, event.symbol.encode(), value, [*headers, *tags])
+        return _Outgoing(topic, event.symbol.encode(), self.codec.encode_event(event), headers)
 
     def try_put(self, message: _Outgoing, on_delivery: DeliveryCallback) -> bool:
         """Puts it into librdkafka's queue; False while that is full. Raises DeliveryFailed."""
         topic, key, value, headers = message
         try:
-            self.producer.produce(topic, value, key, headers=headers, on_delivery=on_delivery)
+            if headers:
+                self.producer.produce(topic, value, key, headers=headers, on_delivery=on_delivery)
+            else:
+                self.producer.produce(topic, value, key, on_delivery=on_delivery)
         except BufferError:
             return False
         except KafkaException as error:

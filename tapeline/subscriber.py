@@ -23,7 +23,6 @@ from schemas.settings import Settings
 from schemas.timing import TIMING_HEADER, parse_timing
 from tapeline.clients import check_kafka, list_offsets, make_admin, missing_topic, settings_or_load
 
-SOURCE_APPENDED_HEADER = "source-appended-us"
 Start = Literal["latest", "earliest", "committed"]
 Position = tuple[str, int, int]  # topic, partition, offset
 
@@ -40,7 +39,6 @@ class FeatureRecord:
         topic, partition, offset: of the feature's own record; its source's are in ``feature``.
         appended_us: the broker's clock when the feature was appended, Unix epoch; Kafka keeps
             milliseconds.
-        source_appended_us: the same of the event that completed the window; None if unknown.
     """
 
     feature: FeatureVector
@@ -48,7 +46,6 @@ class FeatureRecord:
     partition: int
     offset: int
     appended_us: int
-    source_appended_us: int | None
     headers: Headers
 
     @property
@@ -57,6 +54,11 @@ class FeatureRecord:
         if self.source_appended_us is None:
             return None
         return self.appended_us - self.source_appended_us
+
+    @property
+    def source_appended_us(self) -> int | None:
+        """``appended_us`` of the event that completed the window; None if not known."""
+        return self.feature.source_appended_us or None
 
     @property
     def timing_ms(self) -> Mapping[str, float]:
@@ -340,7 +342,6 @@ class FeatureSubscriber:
             partition,
             offset,
             message.timestamp()[1] * 1000,
-            _source_appended_us(headers),
             headers,
         )
 
@@ -436,10 +437,3 @@ def _position(message: KafkaMessage) -> Position:
     assert partition is not None
     assert offset is not None
     return topic, partition, offset
-
-
-def _source_appended_us(headers: Headers) -> int | None:
-    for name, value in headers:
-        if name == SOURCE_APPENDED_HEADER and value and value.isdigit():
-            return int(value)
-    return None

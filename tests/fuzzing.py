@@ -51,7 +51,7 @@ def real_events(num_events: int) -> list[MarketEvent]:
 def encoded(events: Sequence[MarketEvent]) -> list[RawRecord]:
     """As our own producer sends them."""
     codec = Codec(SchemaRegistrySettings())
-    return [RawRecord(*codec.encode_event(event)) for event in events]
+    return [RawRecord(codec.encode_event(event), []) for event in events]
 
 
 def fuzzed(valid: Sequence[RawRecord], num_records: int, seed: int) -> Iterator[RawRecord]:

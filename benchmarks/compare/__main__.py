@@ -52,6 +52,7 @@ _MAX_RATE_HZ = 4_000.0
 _START_S, _WORK_S = 120.0, 180.0
 _QUIET_S = 75.0  # longer than any contender's session timeout
 _RATE_HZ = 1_000.0  # of the tape
+_TAG_BYTES = 10  # which schema wrote a message
 _avro = {
     name: fastavro.parse_schema(json.loads((_SCHEMAS / f"{name}.avsc").read_text()))
     for name in ("market_event", "feature_vector")
@@ -350,7 +351,7 @@ class _Reader:
 
 
 def _event_id(value: bytes, schema: str = "market_event") -> str:
-    record: Any = fastavro.schemaless_reader(io.BytesIO(value), _avro[schema], None)
+    record: Any = fastavro.schemaless_reader(io.BytesIO(value[_TAG_BYTES:]), _avro[schema], None)
     return str(record["event_id"])
 
 

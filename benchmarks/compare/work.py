@@ -14,6 +14,7 @@ import fastavro
 import numpy as np
 
 NUM_CHANNELS, NUM_STEPS, NUM_FEATURES = 50, 60, 8
+TAG_BYTES = 10  # which schema wrote a message
 
 _schemas = Path(os.environ["COMPARE_SCHEMAS"])
 _event = fastavro.parse_schema(json.loads((_schemas / "market_event.avsc").read_text()))
@@ -45,12 +46,16 @@ class Windows:
 
 
 def decode(value: bytes) -> dict[str, Any]:
-    event: Any = fastavro.schemaless_reader(io.BytesIO(value), _event, None)
+    """Of Avro's single-object encoding; all events are in one schema."""
+    source = io.BytesIO(value)
+    source.seek(TAG_BYTES)
+    event: Any = fastavro.schemaless_reader(source, _event, None)
     return dict(event)
 
 
 def encode(event: dict[str, Any], features: Any) -> bytes:
     out = io.BytesIO()
+    out.write(bytes(TAG_BYTES))
     fastavro.schemaless_writer(
         out,
         _feature,
@@ -68,6 +73,7 @@ def encode(event: dict[str, Any], features: Any) -> bytes:
             "features": features.tobytes(),
             "scores": {},
             "flags": 0,
+            "source_appended_us": 0,
         },
     )
     return out.getvalue()

@@ -38,7 +38,6 @@ class Encoded(NamedTuple):
     at_s: float
     key: bytes
     value: bytes
-    headers: list[tuple[str, bytes]]
 
 
 class Feed:
@@ -64,7 +63,7 @@ class Feed:
                 Encoded(
                     (event.event_time_us - begin_us) / 1e6,
                     event.symbol.encode(),
-                    *codec.encode_event(event),
+                    codec.encode_event(event),
                 )
                 for event in islice(events, num)
             ]
@@ -166,7 +165,7 @@ class Sender:
 
     def _try_send(self, topic: str, event: Encoded) -> bool:
         try:
-            self._producer.produce(topic, event.value, event.key, headers=list(event.headers))
+            self._producer.produce(topic, event.value, event.key)
         except BufferError:
             return False
         return True

@@ -162,7 +162,7 @@ class Load:
 
     def _produce_poison(self, lane: str) -> None:
         """Random bytes, or a real event without its end."""
-        value, headers = self._codec.encode_event(next(self._events))
+        value = self._codec.encode_event(next(self._events))
         cut = self._chance.randint(0, len(value) - 1)
         if self._chance.random() < 0.5:
             value, headers = self._chance.randbytes(cut), []

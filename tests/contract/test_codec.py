@@ -146,21 +146,21 @@ EXAMPLES: list[Message] = [
 @given(data=st.data())
 def test_events_make_the_round_trip(codec: Codec, kind: str, data: st.DataObject) -> None:
     event = data.draw(events(PAYLOADS[kind]))
-    assert codec.decode_event(*codec.encode_event(event)) == event
+    assert codec.decode_event(codec.encode_event(event)) == event
 
 
 @given(feature=FEATURES)
 def test_feature_vectors_make_the_round_trip(codec: Codec, feature: FeatureVector) -> None:
-    assert_same_feature(codec.decode_feature(*codec.encode_feature(feature)), feature)
+    assert_same_feature(codec.decode_feature(codec.encode_feature(feature)), feature)
 
 
 @given(letter=LETTERS)
 def test_dead_letters_make_the_round_trip(codec: Codec, letter: DeadLetter) -> None:
-    assert codec.decode_dead_letter(*codec.encode_dead_letter(letter)) == letter
+    assert codec.decode_dead_letter(codec.encode_dead_letter(letter)) == letter
 
 
 def test_decoded_features_are_float32_in_native_order(codec: Codec) -> None:
-    value, headers = codec.encode_feature(FEATURE)
+    value = codec.encode_feature(FEATURE)
     features = codec.decode_feature(value, headers).features
     assert features.dtype == np.float32
     assert not features.flags.writeable
@@ -211,7 +211,7 @@ def test_event_that_breaks_the_contract_is_refused_on_both_ends(codec: Codec) ->
     with pytest.raises(InvalidEvent) as refused:
         codec.encode_event(bad)
     assert refused.value.reason == "negative_size"
-    good, headers = codec.encode_event(MarketEvent("id", "S", "V", 1, Trade(1.0, 2.0)))
+    good = codec.encode_event(MarketEvent("id", "S", "V", 1, Trade(1.0, 2.0)))
     spoiled = good.replace(np.float64(2.0).tobytes(), np.float64(-2.0).tobytes())
     with pytest.raises(PoisonRecord, match="size must not be negative") as poison:
         codec.decode_event(spoiled, headers)
@@ -220,7 +220,7 @@ def test_event_that_breaks_the_contract_is_refused_on_both_ends(codec: Codec) ->
 
 def test_half_a_float_is_poison(codec: Codec) -> None:
     """Avro has no word for the length of ``features``; the codec must look."""
-    value, headers = codec.encode_feature(FEATURE)
+    value = codec.encode_feature(FEATURE)
     floats = FEATURE.features.tobytes()
     cut = value.replace(b"\x20" + floats, b"\x1e" + floats[:-1])  # lengths are zigzag: 16, 15
     assert len(cut) == len(value) - 1
@@ -252,7 +252,7 @@ def test_tombstone_is_poison(codec: Codec, example: Message) -> None:
 )
 def test_unknown_fingerprint_is_poison(headers: Headers) -> None:
     codec = Codec(SchemaRegistrySettings())
-    value, _ = codec.encode_event(TRADE)
+    value = codec.encode_event(TRADE)
     with pytest.raises(PoisonRecord) as poison:
         codec.decode_event(value, headers)
     assert poison.value.reason == "unknown_schema"
@@ -260,7 +260,7 @@ def test_unknown_fingerprint_is_poison(headers: Headers) -> None:
 
 def test_fingerprint_is_that_of_the_schema_and_is_found_among_other_headers() -> None:
     codec = Codec(SchemaRegistrySettings())
-    value, headers = codec.encode_event(TRADE)
+    value = codec.encode_event(TRADE)
     assert headers == [(FINGERPRINT_HEADER, fingerprint(json.loads(schema_text("market_event"))))]
     around = [("traceparent", b"00-1"), *headers, ("late", None)]
     assert codec.decode_event(value, around) == TRADE
@@ -270,30 +270,30 @@ def test_fingerprint_is_no_other_message_s() -> None:
     """A feature on an event topic is refused by its tag, not read as something else."""
     codec = Codec(SchemaRegistrySettings())
     with pytest.raises(PoisonRecord) as poison:
-        codec.decode_event(*codec.encode_feature(FEATURE))
+        codec.decode_event(codec.encode_feature(FEATURE))
     assert poison.value.reason == "unknown_schema"
 
 
 def test_registry_s_wire_format_is_confluent_s(registry: SchemaRegistryClient) -> None:
     """A zero byte, the id as four bytes, big-endian; subject by record name; no header."""
-    value, headers = Codec(SchemaRegistrySettings(), registry).encode_event(TRADE)
+    value = Codec(SchemaRegistrySettings(), registry).encode_event(TRADE)
     schema = Schema(schema_text("market_event"), "AVRO")
     registered = registry.lookup_schema("tapeline.MarketEvent", schema)
     assert registered.schema_id is not None
     assert value[:5] == b"\0" + registered.schema_id.to_bytes(4, "big")
     assert headers == []
-    bare, _ = Codec(SchemaRegistrySettings()).encode_event(TRADE)
+    bare = Codec(SchemaRegistrySettings()).encode_event(TRADE)
     assert value[5:] == bare
 
 
 def test_mock_url_makes_a_client() -> None:
     codec = Codec(SchemaRegistrySettings(url="mock://of-settings"))
-    assert codec.decode_event(*codec.encode_event(TRADE)) == TRADE
+    assert codec.decode_event(codec.encode_event(TRADE)) == TRADE
 
 
 def test_unknown_schema_id_is_poison(registry: SchemaRegistryClient) -> None:
     codec = Codec(SchemaRegistrySettings(), registry)
-    value, _ = codec.encode_event(TRADE)
+    value = codec.encode_event(TRADE)
     for tag in (b"\0\0\0\x7f\xff", b"\0\xff\xff\xff\xff", b"\1" + value[1:5]):
         with pytest.raises(PoisonRecord) as poison:
             codec.decode_event(tag + value[5:], ())
@@ -316,7 +316,7 @@ def test_somebody_else_s_schema_is_poison(
     """A registry has schemas of others, and not only Avro ones; their records are not ours."""
     codec = Codec(SchemaRegistrySettings(), registry)
     schema_id = registry.register_schema(f"foreign-{text}", Schema(text, kind))
-    value, _ = codec.encode_event(TRADE)
+    value = codec.encode_event(TRADE)
     with pytest.raises(PoisonRecord) as poison:
         codec.decode_event(b"\0" + schema_id.to_bytes(4, "big") + value[5:], ())
     assert poison.value.reason in ("unknown_schema", "bad_avro")
@@ -378,7 +378,7 @@ def test_registry_that_fails_later_is_transient(
 ) -> None:
     """Neither an answer of 500 nor a closed door says that the record is bad: try again."""
     codec, end_registry = ailing_registry
-    value, _ = codec.encode_event(TRADE)
+    value = codec.encode_event(TRADE)
     unknown = b"\0\0\0\0\2" + value[5:]
     with pytest.raises(TransientError, match="the Schema Registry answered"):
         codec.decode_event(unknown, ())

@@ -65,7 +65,7 @@ class Publisher:
         self, features: Iterable[FeatureVector], *, source_appended_us: int | None = None
     ) -> None:
         for feature in features:
-            value, headers = self._codec.encode_feature(feature)
+            value = self._codec.encode_feature(feature)
             more = [] if source_appended_us is None else [source_appended_us]
             self.producer.produce(
                 self.topic,

@@ -77,7 +77,7 @@ def publish_features(settings: Settings, num_features: int) -> list[FeatureVecto
             *("events", 0, number, values),
             scores={"up": 0.5},
         )
-        value, headers = codec.encode_feature(feature)
+        value = codec.encode_feature(feature)
         headers = [*headers, ("source-appended-us", b"1700000000000000")]
         topic = settings.lane("realtime").output_topic
         producer.produce(topic, value, b"AAA", headers=headers)

@@ -279,7 +279,7 @@ def test_a_record_that_the_model_fails_on_is_a_dead_letter_and_may_come_again(
     assert bad.event_id not in {one.feature.event_id for one in received}
     assert_once_and_in_order(received)
 
-    value, headers = Codec(settings.schema_registry).encode_event(bad)
+    value = Codec(settings.schema_registry).encode_event(bad)
     claim = (REPLAYED_FROM_HEADER, f"{lane.topic}:0:200".encode())
     raw = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers})
     with running_worker(settings, engine) as worker:

@@ -246,7 +246,7 @@ def test_filters_choose(dlq: Dlq, filters: list[str], expected: str) -> None:
 
 
 def test_show_gives_the_event_if_there_is_one(dlq: Dlq) -> None:
-    value, headers = Codec(dlq.settings.schema_registry).encode_event(trade())
+    value = Codec(dlq.settings.schema_registry).encode_event(trade())
     [id] = dlq.bury(
         Original(b"BTCUSDT", value, [*headers, *HEADERS], stage="infer", reason="model_error")
     )

@@ -161,7 +161,7 @@ def test_skipped_events_are_in_the_windows_that_a_restart_rebuilds(
     lane, codec = settings.lane(LANE), Codec(settings.schema_registry)
     first = received[0].feature
     for flag, kinds in ((Flags.SKIPPED, set()), (Flags.GAP, {"differs"})):
-        value, headers = codec.encode_feature(replace(first, flags=first.flags ^ flag))
+        value = codec.encode_feature(replace(first, flags=first.flags ^ flag))
         producer = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers})
         producer.produce(lane.output_topic, value, key=first.symbol, headers=headers)
         assert producer.flush(LONG_S) == 0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from columns import columns_of
 from fuzzing import CAPTURES, RawRecord, encoded, fields_of, fuzzed, real_events, varint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -64,7 +65,7 @@ def outcomes(records: list[RawRecord]) -> Outcomes:
             reasons[poison.reason] = reasons.get(poison.reason, 0) + 1
         else:
             assert type(event) is MarketEvent
-            assert CODEC.decode_event(*CODEC.encode_event(event)) == event
+            assert CODEC.decode_event(CODEC.encode_event(event)) == event
             events.append(event)
     return Outcomes(events, reasons)
 
@@ -73,7 +74,7 @@ def assert_fits_a_letter(record: RawRecord, poison: PoisonRecord) -> None:
     """The broker takes a letter if it took the record: the reason adds little to it."""
     assert len(str(poison).encode()) <= _MAX_MESSAGE_BYTES
     letter = letter_of(record, str(poison))
-    assert CODEC.decode_dead_letter(*CODEC.encode_dead_letter(letter)) == letter
+    assert CODEC.decode_dead_letter(CODEC.encode_dead_letter(letter)) == letter
 
 
 def letter_of(record: RawRecord, message: str) -> DeadLetter:
@@ -92,7 +93,7 @@ def assert_finite(events: list[MarketEvent]) -> None:
         appended = store.append(
             [("t", 0)] * num,
             range(begin, begin + num),
-            batch,
+            columns_of(batch),
             np.ones(num, bool),
             np.zeros(num, np.int64),
         )
@@ -182,8 +183,8 @@ def _others() -> dict[str, list[RawRecord]]:
     headers: Headers = [("a", None), ("b", b"x"), *FINGERPRINT]
     letter = letter_of(RawRecord(VALID[0].value, headers), "why")
     return {
-        "decode_feature": [RawRecord(*CODEC.encode_feature(feature))],
-        "decode_dead_letter": [RawRecord(*CODEC.encode_dead_letter(letter))],
+        "decode_feature": [RawRecord(CODEC.encode_feature(feature), [])],
+        "decode_dead_letter": [RawRecord(CODEC.encode_dead_letter(letter), [])],
     }
 
 

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
+from columns import columns_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,7 +98,7 @@ def given_by_the_store(
         appended = store.append(
             [("lane", step.partition) for step in batch],
             [step.offset for step in batch],
-            [MarketEvent(*_fields(step.event)) for step in batch],
+            columns_of([MarketEvent(*_fields(step.event)) for step in batch]),
             np.array([_is_sampled(step, lane) and step not in late for step in batch], bool),
             np.full(len(batch), int(lane.min_interval_ms * 1000), np.int64),
         )

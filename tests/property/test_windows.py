@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from columns import columns_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers.channels import Market50, Segments
+from consumers.channels import Market50
 from consumers.records import Partition
 from consumers.windows import WindowStore
 from schemas.messages import (
@@ -205,7 +206,7 @@ def feed(store: WindowStore, steps: Sequence[Step]) -> list[Result]:
     appended = store.append(
         [step.partition for step in steps],
         [step.offset for step in steps],
-        [step.event for step in steps],
+        columns_of([step.event for step in steps]),
         np.array([step.wanted for step in steps], bool),
         np.array([step.min_interval_us for step in steps], np.int64),
     )
@@ -439,15 +440,15 @@ class NaiveWindows:
             self.num_evicted += 1
         if symbol is None or self.why:
             rows: deque[Any] = deque(maxlen=self._limits.num_steps)
-            symbol = NaiveSymbol(self._channels.empty()[None], step, rows)
+            symbol = NaiveSymbol(self._channels.empty(), step, rows)
             before = None
         known[key] = symbol
 
-        rows_, _, symbol.state = self._channels.rows(
-            [event],
+        rows_, _ = self._channels.rows(
+            columns_of([event]),
             np.array([step.offset]),
-            np.array([event.event_time_us]),
-            Segments.starting(np.array([True])),
+            np.array([0]),
+            np.array([False]),
             symbol.state,
         )
         symbol.rows.append(rows_[0])

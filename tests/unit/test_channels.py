@@ -8,9 +8,10 @@ from math import log, log1p
 
 import numpy as np
 import pytest
+from columns import columns_of
 from numpy.typing import NDArray
 
-from consumers.channels import CHANNEL_SETS, NEVER, Market50, Segments, channel_set
+from consumers.channels import CHANNEL_SETS, NEVER, Market50, channel_set
 from schemas.errors import ConfigError, PoisonRecord
 from schemas.messages import Bar, Book, MarketEvent, Payload, Quote, Sample, Trade
 
@@ -50,12 +51,12 @@ def _run(
         MarketEvent(f"id-{index}", "S", "V", time_us, payload)
         for index, (payload, time_us) in enumerate(zip(payloads, times_us, strict=True))
     ]
-    rows, floors, _ = channels.rows(
-        events,
+    rows, floors = channels.rows(
+        columns_of(events),
         np.arange(num_events),
-        np.array(times_us, np.int64),
-        Segments.starting(np.arange(num_events) == 0),
-        channels.empty()[None],
+        np.zeros(num_events, np.int64),
+        np.arange(num_events) == 0,
+        np.zeros(1, channels.state),
     )
     assert rows.dtype == np.float32
     assert rows.shape == (num_events, channels.num_channels)

@@ -10,10 +10,11 @@ import fastavro
 import numpy as np
 import pytest
 import typer
+from columns import columns_of
 from confluent_kafka import Consumer, Message, Producer
 from waiting import wait_until
 
-from consumers.channels import Market50, Segments
+from consumers.channels import Market50
 from schemas import messages
 from schemas.codec import FINGERPRINT_HEADER, Codec, fingerprint, released_schemas, schema_text
 from schemas.messages import Book, FeatureVector, MarketEvent, Sample, Trade
@@ -179,12 +180,12 @@ def test_channel_example_is_what_the_code_gives() -> None:
         for number, (time_us, payload) in enumerate(tape)
     ]
     market, num_events = Market50(), len(events)
-    rows, _, _ = market.rows(
-        events,
+    rows, _ = market.rows(
+        columns_of(events),
         np.arange(num_events),
-        np.array([event.event_time_us for event in events]),
-        Segments.starting(np.arange(num_events) == 0),
-        np.array([market.empty()]),
+        np.zeros(num_events, np.int64),
+        np.zeros(num_events, bool),
+        market.empty(),
     )
     heading = " | ".join(type(payload).__name__ for _, payload in tape)
     shown = list(table_rows(text_of("channels.md"), f"| channel | {heading} |"))
@@ -257,7 +258,7 @@ def test_bytes_of_arrays_are_what_the_code_gives() -> None:
     ]
     features = np.array([0.5, -1.25, 3.0], np.float32)
     vector = FeatureVector("e", "S", "V", 1, "l", "m", "c", "t", 0, 0, features)
-    value, _ = CODEC.encode_feature(vector)
+    value = CODEC.encode_feature(vector)
     assert shown == [
         Book.from_levels([(61837.63, 3.79)], []).bids.hex(),
         Sample.from_values([0.1, -0.2, 0.3]).values.hex(),
@@ -269,7 +270,7 @@ def test_bytes_of_arrays_are_what_the_code_gives() -> None:
 def test_bytes_of_an_event_are_what_the_code_gives() -> None:
     (example,) = blocks("wire.md", "")[:1]
     shown = "".join(line.split("  ")[0].replace(" ", "") for line in example.splitlines())
-    value, _ = CODEC.encode_event(TRADE)
+    value = CODEC.encode_event(TRADE)
     assert shown == value.hex()
     assert f"these {len(value)} bytes" in text_of("wire.md")
 
@@ -353,7 +354,7 @@ def test_reader_example_reads_our_feature(
     monkeypatch.chdir(ROOT)
     features = np.arange(64, dtype=np.float32)
     vector = FeatureVector("e-1", "S", "V", 1, "realtime", "m", "c", "t", 0, 0, features)
-    value, headers = CODEC.encode_feature(vector)
+    value = CODEC.encode_feature(vector)
     assert [name for name, _ in headers] == [FINGERPRINT_HEADER]
     producer = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers})
     producer.produce(settings.lane("realtime").output_topic, value, "S", headers=headers)
