@@ -49,6 +49,10 @@ class Assignments:
     def __getitem__(self, partition: Partition) -> PartitionProgress:
         return self._progress[partition]
 
+    def of_each(self, partitions: Iterable[Partition]) -> list[PartitionProgress]:
+        """The progress of each of some owned partitions, in their order."""
+        return list(map(self._progress.__getitem__, partitions))
+
     def owned(self, partitions: Iterable[Partition]) -> list[PartitionProgress]:
         """The progress of those that are owned."""
         return [self._progress[one] for one in partitions if one in self._progress]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.core import HistogramMetricFamily
 
+from consumers.items import appended_us_of, polled_us_of
 from consumers.records import Record
 from schemas.histogram import Histogram
 from schemas.timing import STAGES, TIMING_HEADER, encode_timing
@@ -45,8 +46,8 @@ class LatencyBudget:
         """Counts records of a micro-batch whose features are durable since ``durable_us``."""
         with self._lock:
             passed = np.empty((len(records), 2 + len(times) + 1), np.int64)
-            passed[:, 0] = [one.appended_us for one in records]
-            passed[:, 1] = [one.polled_us for one in records]
+            passed[:, 0] = list(map(appended_us_of, records))
+            passed[:, 1] = list(map(polled_us_of, records))
             passed[:, 2:] = (*times, durable_us)
             waiting = self._waiting[lane]
             waiting.append(passed)

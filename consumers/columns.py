@@ -112,9 +112,13 @@ class EventDecoder:
 
     Args:
         check: raises PoisonRecord for an event that the windows cannot take.
+        max_bytes: a larger record is poison, and nobody looks into it.
     """
 
-    def __init__(self, codec: Codec, check: Callable[[MarketEvent], None]) -> None:
+    def __init__(
+        self, codec: Codec, check: Callable[[MarketEvent], None], max_bytes: int = 2**20
+    ) -> None:
+        self._max_bytes = max_bytes
         self._codec = codec
         self._check = check
         _scan_all([b""], b"\0", trusted=False)
@@ -126,15 +130,15 @@ class EventDecoder:
 
         Raises TransientError while a Schema Registry does not answer.
         """
-        known = [value or b"" for value in values]
+        most = self._max_bytes
+        known = [value if value and len(value) <= most else b"" for value in values]
         prefix = self._codec.event_prefix
         scanned = _scan_all(known, prefix, trusted=False)
         poison: dict[int, PoisonRecord] = {}
         mended: list[int] = []
         for row in np.flatnonzero(scanned.kinds == _REFUSED).tolist():
             try:
-                event = self._codec.decode_event(values[row], headers[row])
-                self._check(event)
+                event = self._decode_one(values[row], headers[row])
             except PoisonRecord as error:
                 poison[row] = error
             else:
@@ -149,6 +153,17 @@ class EventDecoder:
         if poison:
             events = events.those([row not in poison for row in range(len(known))])
         return events, poison
+
+    def _decode_one(self, value: bytes | None, headers: Headers) -> MarketEvent:
+        if value and len(value) > self._max_bytes:
+            raise PoisonRecord(
+                "decode",
+                "too_large",
+                f"{len(value)} bytes; worker.max_message_bytes is {self._max_bytes}",
+            )
+        event = self._codec.decode_event(value, headers)
+        self._check(event)
+        return event
 
     def columns_of(self, events: Sequence[MarketEvent]) -> EventColumns:
         """Events that are at hand. Raises InvalidEvent."""

@@ -198,7 +198,7 @@ class RedisFirstSeen:
         return first
 
     async def _ask(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
-        """What Redis saw first; the source given for ids new to it; that for all while it is down."""
+        """What Redis saw first: for ids new to it the source given, while it is down for all."""
         first = list(sources)
         answer = await self._call(lambda: self._set_or_get(ids, sources), len(ids))
         for index, source in msgspec.msgpack.decode(answer) if answer else ():

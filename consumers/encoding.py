@@ -45,7 +45,7 @@ class FeatureEncoder:
         self._names = _bytes(b"".join(names))
         self._name_ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         nothing = Inference(np.zeros((1, 1), np.float32), np.zeros((1, len(names)), np.float32), "")
-        self._encode(b"", b"", Sources([b""], [0], [0], [0]), nothing, [0], [0])
+        self._encode(b"", b"", Sources([b""], [0], [0], [0]), nothing, [0], np.zeros(1, np.uint8))
 
     def encode(
         self,
@@ -54,13 +54,13 @@ class FeatureEncoder:
         sources: Sources,
         inference: Inference,
         rows: Sequence[int],
-        flags: Sequence[int],
+        flags: NDArray[np.uint8],
     ) -> list[bytes]:
         """Values of the features of ``n`` events of one lane and topic.
 
         Args:
             rows: of ``inference``, (n,).
-            flags: (n,).
+            flags: uint8, (n,).
         """
         names = (lane, inference.model_version, self._channels_version, topic)
         middle = b"".join(map(_string, names))
@@ -73,8 +73,9 @@ class FeatureEncoder:
         sources: Sources,
         inference: Inference,
         rows: Sequence[int],
-        flags: Sequence[int],
+        flags: NDArray[np.uint8],
     ) -> list[bytes]:
+        places = np.array(rows, np.int64)
         head_bytes = np.fromiter(map(len, sources.heads), np.int64, len(rows))
         features, scores = inference.features, inference.scores
         fixed = len(prefix) + len(middle) + 4 * features.shape[1]
@@ -87,17 +88,17 @@ class FeatureEncoder:
             _bytes(prefix),
             _bytes(middle),
             np.array([sources.partitions, sources.offsets, sources.appended_us], np.int64),
-            _as_bytes(features[rows]),
-            _as_bytes(scores[rows]),
+            _as_bytes(features[places]),
+            _as_bytes(scores[places]),
             self._names,
             self._name_ends,
-            np.array(flags, np.int64),
+            flags,
             out,
             ends,
         )
-        places = [0, *ends.tolist()]
-        written = out[: places[-1]].tobytes()
-        return [written[a:b] for a, b in pairwise(places)]
+        cuts = [0, *ends.tolist()]
+        written = out[: cuts[-1]].tobytes()
+        return [written[a:b] for a, b in pairwise(cuts)]
 
 
 def _string(text: str) -> bytes:
@@ -117,7 +118,8 @@ def _bytes(content: bytes) -> NDArray[np.uint8]:
 
 def _as_bytes(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """(n, k) to (n, 4 k)."""
-    return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(len(values), -1)
+    num, size = values.shape
+    return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(num, 4 * size)
 
 
 @compiled
@@ -150,7 +152,7 @@ def _write(
     scores: NDArray[np.uint8],
     names: NDArray[np.uint8],
     name_ends: NDArray[np.int64],
-    flags: NDArray[np.int64],
+    flags: NDArray[np.uint8],
     out: NDArray[np.uint8],
     ends: NDArray[np.int64],
 ) -> None:

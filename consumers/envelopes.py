@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 
+import numpy as np
+from numpy.typing import NDArray
+
 from consumers.budget import BatchTimes, timing_header
 from consumers.encoding import FeatureEncoder, Sources
-from consumers.items import Item
+from consumers.items import Items, appended_us_of, headers_of, offset_of, partition_of
 from consumers.parcels import Outgoing
 from consumers.records import Record
 from consumers.tracing import TRACE_HEADER, EventTrace
@@ -45,10 +48,10 @@ class Envelopes:
     def features(
         self,
         lane: LaneSettings,
-        items: Sequence[Item],
+        items: Items,
         inference: Inference,
         rows: Sequence[int],
-        flags: Sequence[int],
+        flags: NDArray[np.uint8],
         times: BatchTimes,
         traces: Sequence[EventTrace | None] = (),
     ) -> list[Outgoing]:
@@ -57,20 +60,20 @@ class Envelopes:
         A feature carries its event's trace, if there is one: as this worker goes on with it, or as
         it came.
         """
-        records = [item.record for item in items]
+        records = items.records
         sources = Sources(
-            [item.head for item in items],
-            [record.partition[1] for record in records],
-            [record.offset for record in records],
-            [record.appended_us for record in records],
+            items.events.heads,
+            [number for _, number in map(partition_of, records)],
+            list(map(offset_of, records)),
+            list(map(appended_us_of, records)),
         )
         values = self._features.encode(lane.name, lane.topic, sources, inference, rows, flags)
         headers: Iterable[Sequence[tuple[str, bytes | None]]] = repeat(())
-        if traces or self._says_timing or any(record.headers for record in records):
+        if traces or self._says_timing or any(map(headers_of, records)):
             known = traces or [None] * len(records)
             headers = [self._headers(*pair, times) for pair in zip(records, known, strict=True)]
-        keys = [item.key for item in items]
-        return list(map(Outgoing, repeat(lane.output_topic), keys, values, headers))
+        columns = zip(repeat(lane.output_topic), items.events.keys, values, headers, strict=False)
+        return list(map(Outgoing._make, columns))
 
     def _headers(
         self, record: Record, trace: EventTrace | None, times: BatchTimes

@@ -7,17 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from operator import attrgetter
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consumers.assignments import Assignments
-from consumers.columns import EventColumns, EventDecoder
+from consumers.columns import EventDecoder
 from consumers.dedup import FirstSeen
 from consumers.envelopes import REPLAYED_FROM_HEADER
-from consumers.items import Item
+from consumers.items import (
+    Items,
+    headers_of,
+    lane_of,
+    offset_of,
+    partition_of,
+    value_of,
+)
 from consumers.metrics import LaneCounts
 from consumers.offsets import PartitionProgress, Span
 from consumers.records import Record
@@ -29,36 +34,6 @@ from schemas.lanes import LaneSettings
 from schemas.messages import Flags
 from schemas.settings import Settings
 
-_LANE, _PARTITION = attrgetter("lane"), attrgetter("partition")
-
-
-class Decoded(NamedTuple):
-    """Records that are events: one of each for each of them, in their order.
-
-    Attributes:
-        progress: the assignments that they came by.
-    """
-
-    records: list[Record]
-    progress: list[PartitionProgress]
-    events: EventColumns
-
-    def those(self, chosen: Sequence[bool]) -> "Decoded":
-        """The chosen ones, in their order."""
-        if all(chosen):
-            return self
-        return Decoded(
-            list(compress(self.records, chosen)),
-            list(compress(self.progress, chosen)),
-            self.events.those(chosen),
-        )
-
-    def are_live(self) -> list[bool]:
-        """Whether each is owed a feature; else it only rebuilds its window."""
-        pairs = zip(self.records, self.progress, strict=True)
-        return [record.offset >= progress.live_from for record, progress in pairs]
-
-
 Letter = tuple[Record, PoisonRecord]
 
 
@@ -68,7 +43,7 @@ class MicroBatch:
 
     Attributes:
         live: the records that are owed an end, in the order of their offsets per partition.
-        items, flags: one each per window.
+        items, flags: one of each per window.
         windows: float32, (B, C, T).
         letters: poison records and why.
         taken_us, given_us: when its records left their queues, and when it was ready for the model.
@@ -78,7 +53,7 @@ class MicroBatch:
     """
 
     live: list[Record]
-    items: list[Item]
+    items: Items
     flags: NDArray[np.uint8]
     windows: NDArray[np.float32]
     letters: list[Letter]
@@ -102,13 +77,13 @@ class Intake:
         counts: Mapping[str, LaneCounts],
         clock: Callable[[], float],
     ) -> None:
-        self._max_message_bytes = settings.worker.max_message_bytes
         self._retry_deadline_s = settings.worker.retry_deadline_s
         self._across_lanes = settings.redis.across_lanes
         self._first_seen = first_seen
         self._assignments = assignments
         self._windows = windows
-        self._decoder = EventDecoder(codec, windows.channels.check)
+        max_bytes = settings.worker.max_message_bytes
+        self._decoder = EventDecoder(codec, windows.channels.check, max_bytes)
         self._counts = counts
         self._clock = clock
         self.configure(settings.active_lanes)
@@ -127,7 +102,7 @@ class Intake:
         Raises TransientError when a Schema Registry stays away for ``retry_deadline_s``.
         """
         taken_us = self._now_us()
-        progress = [self._assignments[record.partition] for record in records]
+        progress = self._assignments.of_each(map(partition_of, records))
         live, spans = self._start_spans(records, progress)
         decoded, letters = await retrying(
             "decode", lambda: self._decode(records, progress), self._retry_deadline_s
@@ -139,53 +114,42 @@ class Intake:
         return int(self._clock() * 1e6)
 
     def _start_spans(
-        self, records: Sequence[Record], progress: Sequence[PartitionProgress]
+        self, records: list[Record], progress: Sequence[PartitionProgress]
     ) -> tuple[list[Record], list[tuple[PartitionProgress, Span]]]:
         now_s = time.monotonic()
-        pairs = zip(records, progress, strict=True)
-        live = [record for record, owner in pairs if record.offset >= owner.live_from]
-        for lane, num in Counter(map(_LANE, live)).items():
+        live = records
+        if not all(owner.is_live for owner in set(progress)):
+            pairs = zip(records, progress, strict=True)
+            live = [record for record, owner in pairs if record.offset >= owner.live_from]
+        for lane, num in Counter(map(lane_of, live)).items():
             self._counts[lane].records += num
         if len(live) < len(records):
-            for lane, num in (Counter(map(_LANE, records)) - Counter(map(_LANE, live))).items():
+            for lane, num in (Counter(map(lane_of, records)) - Counter(map(lane_of, live))).items():
                 self._counts[lane].replayed += num
-        owners = dict(zip(map(_PARTITION, records), progress, strict=True))
+        owners = dict(zip(map(partition_of, records), progress, strict=True))
         ends = {record.partition: record.offset + 1 for record in live}
         return live, [(owners[one], owners[one].start(end, now_s)) for one, end in ends.items()]
 
     async def _decode(
         self, records: list[Record], progress: list[PartitionProgress]
-    ) -> tuple[Decoded, list[Letter]]:
-        values = [self._within_bounds(record.value) for record in records]
-        events, poison = self._decoder.decode(values, [record.headers for record in records])
+    ) -> tuple[Items, list[Letter]]:
+        events, poison = self._decoder.decode(
+            list(map(value_of, records)), list(map(headers_of, records))
+        )
         if not poison:
-            return Decoded(records, progress, events), []
+            return Items(records, progress, events), []
         good = [row not in poison for row in range(len(records))]
         letters = [
-            (records[row], self._too_large(records[row].value) or why)
+            (records[row], why)
             for row, why in poison.items()
             if records[row].offset >= progress[row].live_from
         ]
-        return Decoded(
-            list(compress(records, good)), list(compress(progress, good)), events
-        ), letters
+        return Items(list(compress(records, good)), list(compress(progress, good)), events), letters
 
-    def _within_bounds(self, value: bytes | None) -> bytes | None:
-        """The value, unless it is too large to be looked at."""
-        return value if value is None or len(value) <= self._max_message_bytes else None
-
-    def _too_large(self, value: bytes | None) -> PoisonRecord | None:
-        if value is None or len(value) <= self._max_message_bytes:
-            return None
-        return PoisonRecord(
-            "decode",
-            "too_large",
-            f"{len(value)} bytes; worker.max_message_bytes is {self._max_message_bytes}",
-        )
-
-    async def _drop_duplicates(self, decoded: Decoded) -> Decoded:
+    async def _drop_duplicates(self, decoded: Items) -> Items:
         records = decoded.records
-        sources = [record.source for record in records]
+        places = zip(map(partition_of, records), map(offset_of, records), strict=True)
+        sources = [f"{topic}:{number}:{offset}" for (topic, number), offset in places]
         ids = decoded.events.ids
         if not self._across_lanes:
             ids = [f"{record.lane}:{one}" for record, one in zip(records, ids, strict=True)]
@@ -202,7 +166,7 @@ class Intake:
                 self._counts[records[row].lane].duplicates += 1
         return decoded.those(fresh)
 
-    def _drop_abandoned(self, decoded: Decoded) -> Decoded:
+    def _drop_abandoned(self, decoded: Items) -> Items:
         """Leaves out what belongs to a partition's next owner by now."""
         if not any(one.closed for one in set(decoded.progress)):
             return decoded
@@ -214,7 +178,7 @@ class Intake:
     def _append(
         self,
         live: list[Record],
-        decoded: Decoded,
+        decoded: Items,
         letters: list[Letter],
         spans: list[tuple[PartitionProgress, Span]],
         taken_us: int,
@@ -235,8 +199,8 @@ class Intake:
                 )
             ]
         appended = self._windows.append(
-            [record.partition for record in records],
-            [record.offset for record in records],
+            list(map(partition_of, records)),
+            list(map(offset_of, records)),
             events,
             np.array(wanted, bool),
             intervals_us,
@@ -254,13 +218,10 @@ class Intake:
                 owners[row].passed_over.add(events.symbols[row])
             else:
                 counts.thinned += 1
-        given = appended.given.tolist()
-        columns = (records, owners, events.keys, events.symbols, events.heads)
-        items = list(map(Item._make, compress(zip(*columns, strict=True), given)))
+        items = decoded.those(appended.given.tolist())
         flags = appended.flags[appended.given]
         if any(one.passed_over for one in set(owners)):
-            for row, item in enumerate(items):
-                flags[row] |= _flag_of_skipped(item)
+            flags |= _flags_of_skipped(items)
 
         published: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         open_partitions = [one.partition for one, _ in spans if not one.closed]
@@ -294,13 +255,16 @@ def _is_sampled(event_id: str, stride: int) -> bool:
     return stride == 1 or zlib.crc32(event_id.encode()) % stride == 0
 
 
-def _flag_of_skipped(item: Item) -> Flags:
-    """SKIPPED, once, if events of its symbol have been skipped since its last feature."""
-    passed_over = item.progress.passed_over
-    if item.symbol not in passed_over:
-        return Flags(0)
-    passed_over.remove(item.symbol)
-    return Flags.SKIPPED
+def _flags_of_skipped(items: Items) -> NDArray[np.uint8]:
+    """SKIPPED, once, where events of the symbol have been skipped since its last feature."""
+    flags = np.zeros(items.num, np.uint8)
+    for row, (progress, symbol) in enumerate(
+        zip(items.progress, items.events.symbols, strict=True)
+    ):
+        if symbol in progress.passed_over:
+            progress.passed_over.remove(symbol)
+            flags[row] = Flags.SKIPPED
+    return flags
 
 
 def _replayed_from(record: Record) -> str | None:

@@ -14,6 +14,7 @@ from consumers.bisection import infer_each
 from consumers.cached import CachedInference, Outcome
 from consumers.channels import channel_set
 from consumers.intake import MicroBatch
+from consumers.items import lane_of
 from consumers.requests import RequestMeter
 from consumers.retry import retrying
 from consumers.rollout import RolloutFollower, RolloutStatistics
@@ -88,10 +89,10 @@ class ModelStage:
 
     async def infer(self, batch: MicroBatch) -> list[Outcome]:
         """One outcome a window, in their order."""
-        if not batch.items:
+        if not batch.items.num:
             return []
-        self._batch_sizes[1 << (len(batch.items) - 1).bit_length()] += 1
-        lanes = Counter(item.record.lane for item in batch.items)
+        self._batch_sizes[1 << (batch.items.num - 1).bit_length()] += 1
+        lanes = Counter(map(lane_of, batch.items.records))
         self.requests.asked(lanes)
         begun_s = time.monotonic()
         try:
@@ -100,7 +101,7 @@ class ModelStage:
             self.requests.ended(lanes, lanes, time.monotonic() - begun_s)
             raise
         failed = Counter(
-            batch.items[row].record.lane
+            batch.items.records[row].lane
             for row, outcome in enumerate(outcomes)
             if isinstance(outcome, PoisonRecord)
         )
@@ -110,7 +111,7 @@ class ModelStage:
 
     async def _outcomes(self, batch: MicroBatch) -> list[Outcome]:
         """By the version that each symbol is for."""
-        groups = self._rollout.group([item.symbol for item in batch.items])
+        groups = self._rollout.group(batch.items.events.symbols)
         if len(groups) == 1:
             [version] = groups
             return await self._infer_by(version, batch, batch.windows, None)
@@ -122,7 +123,7 @@ class ModelStage:
         by_row = dict[int, Outcome]()
         for rows, part in zip(groups.values(), made, strict=True):
             by_row.update(zip(rows, part, strict=True))
-        return [by_row[row] for row in range(len(batch.items))]
+        return [by_row[row] for row in range(batch.items.num)]
 
     async def close(self) -> None:
         await self._shadow.close()
@@ -152,8 +153,10 @@ class ModelStage:
         infer = partial(self._infer_each, version)
         if not self._cached:
             return await infer(windows)
-        items = batch.items if rows is None else [batch.items[row] for row in rows]
-        wanted = [item.record.lane in self._cached_lanes for item in items]
+        records = batch.items.records
+        wanted = [record.lane in self._cached_lanes for record in records]
+        if rows is not None:
+            wanted = [wanted[row] for row in rows]
         if not any(wanted):
             return await infer(windows)
         named = version or self.model_version

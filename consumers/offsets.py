@@ -63,6 +63,11 @@ class PartitionProgress:
         self._checkpoints = deque([(assignment.live_from, assignment.replay_from)])
 
     @property
+    def is_live(self) -> bool:
+        """Nothing is left to be replayed: a feature is owed for all that comes."""
+        return self.appended >= self.live_from
+
+    @property
     def is_idle(self) -> bool:
         """Nothing is in flight."""
         return not self._spans

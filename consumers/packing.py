@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from consumers.breaker import DeadLetterBreaker
 from consumers.budget import BatchTimes
 from consumers.envelopes import Envelopes
 from consumers.intake import Letter, MicroBatch
+from consumers.items import Items, appended_us_of, lane_of
 from consumers.metrics import LaneCounts
 from consumers.parcels import Outgoing, Parcel
 from consumers.records import Partition
@@ -28,10 +29,26 @@ from schemas.settings import Settings
 class _Together(NamedTuple):
     """Windows of one lane that one inference answered: where they are in the micro-batch and it."""
 
-    lane: LaneSettings
+    lane: str
     inference: Inference
     indices: list[int]
     rows: list[int]
+
+
+def _together(items: Items, rows: Sequence[Any], kept: list[int]) -> list[_Together]:
+    """The windows that are kept, by lane and inference: nearly always it is one of each."""
+    lanes = set(map(lane_of, items.records))
+    inferences = {id(row[0]): row[0] for row in rows} if len(kept) == len(rows) else {}
+    if len(lanes) == len(inferences) == 1:
+        [lane], [inference] = lanes, inferences.values()
+        return [_Together(lane, inference, kept, [place for _, place in rows])]
+    groups: dict[tuple[str, int], _Together] = {}
+    for index in kept:
+        lane, (inference, place) = items.records[index].lane, rows[index]
+        group = groups.setdefault((lane, id(inference)), _Together(lane, inference, [], []))
+        group.indices.append(index)
+        group.rows.append(place)
+    return list(groups.values())
 
 
 class Packer:
@@ -87,27 +104,19 @@ class Packer:
             if not progress.closed
         }
         letters = list(batch.letters)
-        together: dict[tuple[str, int], _Together] = {}
-        for index, (item, row) in enumerate(zip(batch.items, rows, strict=True)):
-            if isinstance(row, PoisonRecord):
-                letters.append((item.record, row))
-            elif item.progress.closed:
-                self._counts[item.record.lane].abandoned += 1
-            else:
-                inference, place = row
-                key = (item.record.lane, id(inference))
-                if (group := together.get(key)) is None:
-                    group = together[key] = _Together(self._lanes[key[0]], inference, [], [])
-                group.indices.append(index)
-                group.rows.append(place)
+        items, kept = batch.items, list(range(batch.items.num))
+        if PoisonRecord in set(map(type, rows)) or any(one.closed for one in set(items.progress)):
+            kept, failed = self._sort_out(items, rows)
+            letters += failed
         messages: list[tuple[int, Outgoing]] = []
-        with self._traced(len(batch.items), times) as traced:
-            for group in together.values():
-                messages += self._features(batch, group, times, now_us, traced, parcels)
+        with self._traced(items.num, times) as traced:
+            together = _together(items, rows, kept)
+            for group in together:
+                messages += self._features(group, batch, times, now_us, traced, parcels)
         if len(together) > 1:
             messages.sort(key=itemgetter(0))
         for index, message in messages:
-            record = batch.items[index].record
+            record = items.records[index]
             parcel = parcels[record.partition]
             parcel.features.append(record)
             parcel.messages.append(message)
@@ -116,30 +125,49 @@ class Packer:
             self._pack_letter(parcels, letter, model_version, now_us)
         return list(parcels.values())
 
+    def _sort_out(
+        self, items: Items, rows: Sequence[Row | PoisonRecord]
+    ) -> tuple[list[int], list[Letter]]:
+        """The places of what becomes a feature, and what becomes a letter."""
+        kept: list[int] = []
+        letters: list[Letter] = []
+        for index, row in enumerate(rows):
+            if isinstance(row, PoisonRecord):
+                letters.append((items.records[index], row))
+            elif items.progress[index].closed:
+                self._counts[items.records[index].lane].abandoned += 1
+            else:
+                kept.append(index)
+        return kept, letters
+
     def _features(
         self,
-        batch: MicroBatch,
         group: _Together,
+        batch: MicroBatch,
         times: BatchTimes,
         now_us: int,
         traced: BatchTrace | None,
         parcels: Mapping[Partition, Parcel],
     ) -> Iterable[tuple[int, Outgoing]]:
         """By the places of their items in the micro-batch."""
-        lane, inference, indices, rows = group
-        items = [batch.items[index] for index in indices]
-        flags = batch.flags[indices]
-        if inference.cached:
+        lane, items = self._lanes[group.lane], batch.items
+        if len(group.indices) < items.num:
+            chosen = set(group.indices)
+            items = items.those([index in chosen for index in range(items.num)])
+        flags = batch.flags[group.indices]
+        if group.inference.cached:
             flags |= Flags.CACHED
         if lane.expired == "stale":
-            late = [lane.is_stale(item.record.appended_us, now_us) for item in items]
-            flags |= np.array(late) * np.uint8(Flags.STALE)
-        traces = [traced.begin(item.record) for item in items] if traced else []
-        for item, trace in zip(items, traces, strict=False):
+            late = [lane.is_late(one, now_us) for one in map(appended_us_of, items.records)]
+            flags |= np.array(late, np.uint8) * np.uint8(Flags.STALE)
+        traces = [traced.begin(record) for record in items.records] if traced else []
+        for record, trace in zip(items.records, traces, strict=False):
             if trace:
-                parcels[item.record.partition].traces.append(trace)
-        made = self._envelopes.features(lane, items, inference, rows, flags.tolist(), times, traces)
-        return zip(indices, made, strict=True)
+                parcels[record.partition].traces.append(trace)
+        made = self._envelopes.features(
+            lane, items, group.inference, group.rows, flags, times, traces
+        )
+        return zip(group.indices, made, strict=True)
 
     def _traced(
         self, num_windows: int, times: BatchTimes
@@ -165,7 +193,7 @@ class Packer:
 
     def _watch_for_flood(self, batch: MicroBatch, letters: Sequence[Letter]) -> None:
         if not letters:
-            for lane, num in Counter(map(attrgetter("lane"), batch.live)).items():
+            for lane, num in Counter(map(lane_of, batch.live)).items():
                 self._breakers[lane].observe([False] * num)
             return
         poisoned = {(record.partition, record.offset) for record, _ in letters}

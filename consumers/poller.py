@@ -233,7 +233,7 @@ class LanePoller:
             messages = [one for one in messages if not self._is_passing(one.error())]
         if messages:
             self._handed_over += len(messages)
-            records = _records(self.lane, messages, polled_us)
+            records = records_of(self.lane, messages, polled_us)
             self._loop.call_soon_threadsafe(self._put_records, records)
 
     def _is_passing(self, error: KafkaError | None) -> bool:
@@ -402,7 +402,7 @@ def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, An
     }
 
 
-def _records(lane: LaneSettings, messages: Sequence[Any], polled_us: int) -> list[Record]:
+def records_of(lane: LaneSettings, messages: Sequence[Any], polled_us: int) -> list[Record]:
     """Attribute by attribute, which takes a fifth of the time of message by message."""
     numbers = map(_PARTITION, messages)
     columns = (

@@ -5,7 +5,7 @@ in-sync replica has the record. Offsets are committed afterwards, by the pollers
 """
 
 import asyncio
-import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +19,7 @@ from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _QUEUE_FULL_WAIT_S = 0.005
+_SERVE_EVERY_S = 0.001
 OnDelivery = Callable[[KafkaError | None, Message], None]
 _MAX_MESSAGE_BYTES = 17 * 2**20  # a lane's largest record, 16 MiB, in its dead letter
 
@@ -58,25 +59,29 @@ def try_produce(
 
 
 class _Acknowledgements:
-    """Counts those of one parcel; lives in the publisher's thread."""
+    """Counts those of one parcel, and resolves it."""
 
-    def __init__(self, parcel: Parcel, done: list[tuple[Parcel, TransientError | None]]) -> None:
-        self._parcel = parcel
+    def __init__(self, parcel: Parcel) -> None:
+        self._delivered = parcel.delivered
         self._missing = len(parcel.messages)
-        self._done = done
 
     def note(self, error: KafkaError | None, message: Message) -> None:
         """librdkafka's delivery callback, one call a message."""
         self._missing -= 1
         if error is not None:
-            text = f"{message.topic()} did not take a record: {error.str()}"
-            self._done.append((self._parcel, TransientError(text)))
-        elif not self._missing:
-            self._done.append((self._parcel, None))
+            if not self._delivered.done():  # its first failure counts
+                text = f"{message.topic()} did not take a record: {error.str()}"
+                self._delivered.set_exception(TransientError(text))
+        elif not self._missing and not self._delivered.done():
+            self._delivered.set_result(True)
 
 
 class Publisher:
-    """The outlet of ``at_least_once``: a producer and the thread that serves its callbacks."""
+    """The outlet of ``at_least_once``: a producer, whose callbacks the event loop serves.
+
+    A thread of their own would take Python's lock for each of them, and the loop would have to
+    wait for it to give that back.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._producer = make_producer(
@@ -86,16 +91,20 @@ class Publisher:
                 "delivery.timeout.ms": int(settings.worker.retry_deadline_s * 1000),
             },
         )
-        self._loop = asyncio.get_running_loop()
-        self._done: list[tuple[Parcel, TransientError | None]] = []
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="publish", daemon=True)
+        self._sent = asyncio.Event()
 
     async def open(self) -> None:
-        self._thread.start()
+        """Nothing to do: the producer connects by itself."""
 
     async def run(self) -> None:
-        """Nothing to do here: the thread does it."""
+        """Serves the callbacks, as long as any are to come."""
+        while True:
+            await self._sent.wait()
+            self._producer.poll(0)
+            if not len(self._producer):
+                self._sent.clear()
+            else:
+                await asyncio.sleep(_SERVE_EVERY_S)
 
     async def send(self, parcel: Parcel) -> None:
         """Queues the messages in order. Waits while librdkafka's queue is full.
@@ -105,33 +114,18 @@ class Publisher:
         if not parcel.messages:
             parcel.delivered.set_result(True)
             return
-        on_delivery = _Acknowledgements(parcel, self._done).note
+        on_delivery = _Acknowledgements(parcel).note
         for message in parcel.messages:
             while not try_produce(self._producer, message, on_delivery):  # noqa: ASYNC110
                 await asyncio.sleep(_QUEUE_FULL_WAIT_S)  # librdkafka has no signal for room
-
-    def _serve(self) -> None:
-        """The thread: one hand-over to the loop for all acknowledgements of one poll."""
-        while not self._closing.is_set():
-            self._producer.poll(0.1)
-            if self._done:
-                done, self._done[:] = self._done[:], []
-                self._loop.call_soon_threadsafe(_resolve, done)
+        self._sent.set()
 
     async def close(self, timeout_s: float) -> None:
-        """Flushes for at most ``timeout_s`` and ends the thread."""
-        self._closing.set()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
-        if left := await asyncio.to_thread(self._producer.flush, timeout_s):
-            _log.warning("publisher_closed_unflushed", num_messages=left)
-
-
-def _resolve(done: list[tuple[Parcel, TransientError | None]]) -> None:
-    for parcel, failure in done:
-        if parcel.delivered.done():
-            continue  # its first failure counts
-        if failure:
-            parcel.delivered.set_exception(failure)
-        else:
-            parcel.delivered.set_result(True)
+        """Flushes for at most ``timeout_s``."""
+        give_up_s = time.monotonic() + timeout_s
+        while left := len(self._producer):
+            if time.monotonic() > give_up_s:
+                _log.warning("publisher_closed_unflushed", num_messages=left)
+                return
+            self._producer.poll(0)
+            await asyncio.sleep(_SERVE_EVERY_S)

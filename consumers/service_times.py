@@ -72,8 +72,7 @@ class ServiceTimes:
         """Seconds that a call of so many windows takes; 0 while nothing is known."""
         bucket = bucket_of(num_windows)
         if bucket not in self._estimates:
-            smaller = [size for size in self._known() if size < bucket]
-            floor_s = max((self._estimate(size) for size in smaller), default=0.0)
+            floor_s = self.predict(bucket // 2) if bucket > SMALLEST_BUCKET else 0.0
             self._estimates[bucket] = max(self._estimate(bucket), floor_s)
         return self._estimates[bucket]
 

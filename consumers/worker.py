@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 
 import structlog
 from prometheus_client.registry import REGISTRY, CollectorRegistry
@@ -23,6 +22,7 @@ from consumers.channels import channel_set
 from consumers.dedup import FirstSeen
 from consumers.guard import ResourceGuard, Restraint
 from consumers.intake import Intake, MicroBatch
+from consumers.items import appended_us_of, partition_of
 from consumers.metrics import LaneCounts, WorkerCollector, WorkerStatistics
 from consumers.model_stage import ModelStage
 from consumers.packing import Packer
@@ -44,7 +44,6 @@ from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _WATCH_EVERY_S = 1.0
-_PARTITION = attrgetter("partition")
 
 
 class Worker:
@@ -349,7 +348,8 @@ class Worker:
             trace.end(now_us)
         counts.features += len(parcel.features)
         if lane.expired == "stale":
-            counts.stale += sum(lane.is_late(one.appended_us, now_us) for one in parcel.features)
+            appended_us = map(appended_us_of, parcel.features)
+            counts.stale += sum(lane.is_late(one, now_us) for one in appended_us)
         self._budget.observe(parcel.lane, parcel.features, times, now_us)
         for record, poison in parcel.letters:
             counts.dead_letters += 1
@@ -363,7 +363,9 @@ class Worker:
 
     def put(self, lane: str, records: list[Record]) -> None:
         """Queues what a poller brought; records of partitions revoked meanwhile are dropped."""
-        taken_away = {one for one in set(map(_PARTITION, records)) if one not in self._assignments}
+        taken_away = {
+            one for one in set(map(partition_of, records)) if one not in self._assignments
+        }
         if taken_away:
             records = [record for record in records if record.partition not in taken_away]
         self._scheduler.put(lane, records)

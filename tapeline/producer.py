@@ -127,9 +127,9 @@ class _Connection:
         self.topics[lane] = topic
         return topic
 
-    def encode(self, event: MarketEvent, topic: str, headers: list[tuple[str, bytes | None]]) -> _Outgoing:
+    def encode(self, event: MarketEvent, topic: str, headers: Headers) -> _Outgoing:
         """Raises InvalidEvent."""
-        return _Outgoing(topic, event.symbol.encode(), self.codec.encode_event(event), headers)
+        return _Outgoing(topic, event.symbol.encode(), self.codec.encode_event(event), [*headers])
 
     def try_put(self, message: _Outgoing, on_delivery: DeliveryCallback) -> bool:
         """Puts it into librdkafka's queue; False while that is full. Raises DeliveryFailed."""

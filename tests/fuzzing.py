@@ -3,6 +3,7 @@
 Everything comes from a seed, so that a failure can be had again.
 """
 
+import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from schemas.codec import FINGERPRINT_HEADER, Codec
+from schemas.codec import FINGERPRINT_HEADER, Codec, fingerprint, schema_text
 from schemas.messages import Bar, Headers, MarketEvent, Sample
 from schemas.settings import SchemaRegistrySettings
 from tapeline.simulator import simulate, symbol_names
@@ -28,6 +29,9 @@ class RawRecord(NamedTuple):
 
     value: bytes | None
     headers: Headers
+
+
+FINGERPRINT: Headers = [(FINGERPRINT_HEADER, fingerprint(json.loads(schema_text("market_event"))))]
 
 
 def real_events(num_events: int) -> list[MarketEvent]:
@@ -49,9 +53,14 @@ def real_events(num_events: int) -> list[MarketEvent]:
 
 
 def encoded(events: Sequence[MarketEvent]) -> list[RawRecord]:
-    """As our own producer sends them."""
+    """As our own producer sends them; every other one bare, with its fingerprint in a header."""
     codec = Codec(SchemaRegistrySettings())
-    return [RawRecord(codec.encode_event(event), []) for event in events]
+    values = [codec.encode_event(event) for event in events]
+    num_tag_bytes = len(codec.event_prefix)
+    return [
+        RawRecord(value[num_tag_bytes:], FINGERPRINT) if number % 2 else RawRecord(value, [])
+        for number, value in enumerate(values)
+    ]
 
 
 def fuzzed(valid: Sequence[RawRecord], num_records: int, seed: int) -> Iterator[RawRecord]:

@@ -10,7 +10,6 @@ lanes, duplicates, order, dead letters, commits after the feature.
 import asyncio
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,16 +18,14 @@ from confluent_kafka import Consumer, Producer
 from numpy.typing import NDArray
 from ray import serve
 
-from consumers.budget import BatchTimes
 from consumers.channels import channel_set
-from consumers.envelopes import Envelopes
-from consumers.records import Record
+from consumers.columns import EventDecoder
 from consumers.windows import WindowStore
 from inference.client import Inference
 from inference.engine import load_engine
 from schemas.codec import Codec
 from schemas.kafka import client_config, consume_ready, make_client, message_headers
-from schemas.messages import Flags
+from schemas.messages import FeatureVector, MarketEvent
 from schemas.settings import ModelSettings, Settings, load_settings
 from tapeline.app import ray_session
 
@@ -67,7 +64,8 @@ class Loop:
         self._windows = WindowStore(channels, settings.window)
         for number in range(settings.kafka.num_partitions):
             self._windows.assign((self._lane.topic, number))
-        self._envelopes = Envelopes(self._codec, channels.version, score_names)
+        self._decoder = EventDecoder(self._codec, channels.check)
+        self._score_names = score_names
         self._consumer: Consumer = make_client(
             Consumer,
             client_config(
@@ -96,25 +94,38 @@ class Loop:
         partition = (message.topic(), message.partition())
         event = self._codec.decode_event(message.value(), message_headers(message))
         appended = self._windows.append(
-            [partition], [message.offset()], [event], np.ones(1, bool), np.zeros(1, np.int64)
+            [partition],
+            [message.offset()],
+            self._decoder.columns_of([event]),
+            np.ones(1, bool),
+            np.zeros(1, np.int64),
         )
         if not len(appended.windows):
             return
-        appended_us = message.timestamp()[1] * 1000
-        record = Record(self._lane.name, partition, message.offset(), None, None, (), appended_us)
-        task = asyncio.create_task(self._answer(record, event, appended.windows[0]))
+        task = asyncio.create_task(self._answer(message, event, appended.windows[0]))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, record: Record, event: Any, window: NDArray[np.float32]) -> None:
+    async def _answer(self, message: Any, event: MarketEvent, window: NDArray[np.float32]) -> None:
         inference: Inference = await self._model.infer.remote(window)
-        now_us = time.time_ns() // 1000
-        feature = self._envelopes.feature(
-            self._lane, record, event, inference, 0, Flags(0), BatchTimes(now_us, now_us, now_us)
+        scores = zip(self._score_names, inference.scores[0].tolist(), strict=True)
+        feature = FeatureVector(
+            event_id=event.event_id,
+            symbol=event.symbol,
+            venue=event.venue,
+            event_time_us=event.event_time_us,
+            lane=self._lane.name,
+            model_version=inference.model_version,
+            channels_version=self._windows.channels.version,
+            source_topic=message.topic(),
+            source_partition=message.partition(),
+            source_offset=message.offset(),
+            features=inference.features[0],
+            scores=dict(scores),
+            source_appended_us=message.timestamp()[1] * 1000,
         )
-        self._producer.produce(
-            feature.topic, feature.value, feature.key, headers=list(feature.headers)
-        )
+        value = self._codec.encode_feature(feature)
+        self._producer.produce(self._lane.output_topic, value, event.symbol.encode())
         self._producer.poll(0)
 
 

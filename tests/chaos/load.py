@@ -165,7 +165,7 @@ class Load:
         value = self._codec.encode_event(next(self._events))
         cut = self._chance.randint(0, len(value) - 1)
         if self._chance.random() < 0.5:
-            value, headers = self._chance.randbytes(cut), []
+            value = self._chance.randbytes(cut)
         symbol = self._chance.choice(symbol_names(4))
 
         def note(error: object, message: object) -> None:
@@ -177,4 +177,4 @@ class Load:
             self.intent.poison.add(source)
 
         topic = self._settings.lane(lane).topic
-        self._raw.produce(topic, value[:cut], symbol, headers=list(headers), on_delivery=note)
+        self._raw.produce(topic, value[:cut], symbol, on_delivery=note)

@@ -6,7 +6,7 @@ error: anything else would end the worker, which would then stumble over the sam
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -41,7 +41,6 @@ from schemas.settings import SchemaRegistrySettings
 from tapeline.processes import free_ports
 
 Message = MarketEvent | FeatureVector | DeadLetter
-Encoded = tuple[bytes, Sequence[tuple[str, bytes | None]]]
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +160,17 @@ def test_dead_letters_make_the_round_trip(codec: Codec, letter: DeadLetter) -> N
 
 def test_decoded_features_are_float32_in_native_order(codec: Codec) -> None:
     value = codec.encode_feature(FEATURE)
-    features = codec.decode_feature(value, headers).features
+    features = codec.decode_feature(value).features
     assert features.dtype == np.float32
     assert not features.flags.writeable
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda one: type(one).__name__)
 def test_truncation_at_every_byte_is_poison(codec: Codec, example: Message) -> None:
-    value, headers = encode(codec, example)
+    value = encode(codec, example)
     for end in range(len(value)):
         with pytest.raises(PoisonRecord) as poison:
-            decode(codec, example, value[:end], headers)
+            decode(codec, example, value[:end])
         assert poison.value.stage == "decode"
         assert poison.value.reason in ("bad_avro", "unknown_schema")
 
@@ -179,31 +178,30 @@ def test_truncation_at_every_byte_is_poison(codec: Codec, example: Message) -> N
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("behind", [b"\0", b"more"])
 def test_bytes_behind_the_record_are_poison(codec: Codec, example: Message, behind: bytes) -> None:
-    value, headers = encode(codec, example)
+    value = encode(codec, example)
     with pytest.raises(PoisonRecord, match=f"{len(behind)} bytes follow") as poison:
-        decode(codec, example, value + behind, headers)
+        decode(codec, example, value + behind)
     assert poison.value.reason == "bad_avro"
 
 
 @given(message=st.sampled_from(EXAMPLES), noise=st.binary(max_size=300))
 def test_random_bytes_are_poison_or_a_message(codec: Codec, message: Message, noise: bytes) -> None:
     """Behind a valid prefix, too, so that the registry's format is not refused at the door."""
-    _, headers = encode(codec, message)
-    decoded_or_poison(codec, message, noise, headers)
-    decoded_or_poison(codec, message, prefix(codec, message) + noise, headers)
+    decoded_or_poison(codec, message, noise)
+    decoded_or_poison(codec, message, prefix(codec, message) + noise)
 
 
 @given(data=st.data())
 def test_mutated_records_are_poison_or_a_message(codec: Codec, data: st.DataObject) -> None:
     """A few bytes changed, cut out or put in: what gets through still keeps the contract."""
     message = data.draw(st.one_of(st.sampled_from(EXAMPLES), MESSAGES))
-    encoded, headers = encode(codec, message)
+    encoded = encode(codec, message)
     value = bytearray(encoded)
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(len(prefix(codec, message)), len(value)))
         length = data.draw(st.integers(0, 3))
         value[start : start + length] = data.draw(st.binary(max_size=4))
-    decoded_or_poison(codec, message, bytes(value), headers)
+    decoded_or_poison(codec, message, bytes(value))
 
 
 def test_event_that_breaks_the_contract_is_refused_on_both_ends(codec: Codec) -> None:
@@ -214,7 +212,7 @@ def test_event_that_breaks_the_contract_is_refused_on_both_ends(codec: Codec) ->
     good = codec.encode_event(MarketEvent("id", "S", "V", 1, Trade(1.0, 2.0)))
     spoiled = good.replace(np.float64(2.0).tobytes(), np.float64(-2.0).tobytes())
     with pytest.raises(PoisonRecord, match="size must not be negative") as poison:
-        codec.decode_event(spoiled, headers)
+        codec.decode_event(spoiled)
     assert (poison.value.stage, poison.value.reason) == ("decode", "negative_size")
 
 
@@ -225,14 +223,13 @@ def test_half_a_float_is_poison(codec: Codec) -> None:
     cut = value.replace(b"\x20" + floats, b"\x1e" + floats[:-1])  # lengths are zigzag: 16, 15
     assert len(cut) == len(value) - 1
     with pytest.raises(PoisonRecord, match="float32"):
-        codec.decode_feature(cut, headers)
+        codec.decode_feature(cut)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda one: type(one).__name__)
 def test_tombstone_is_poison(codec: Codec, example: Message) -> None:
-    _, headers = encode(codec, example)
     with pytest.raises(PoisonRecord) as poison:
-        decode(codec, example, None, headers)
+        decode(codec, example, None)
     assert poison.value.reason == "no_value"
 
 
@@ -254,16 +251,27 @@ def test_unknown_fingerprint_is_poison(headers: Headers) -> None:
     codec = Codec(SchemaRegistrySettings())
     value = codec.encode_event(TRADE)
     with pytest.raises(PoisonRecord) as poison:
-        codec.decode_event(value, headers)
+        codec.decode_event(value[10:], headers)
     assert poison.value.reason == "unknown_schema"
 
 
-def test_fingerprint_is_that_of_the_schema_and_is_found_among_other_headers() -> None:
+def test_tag_is_avro_s_single_object_encoding() -> None:
+    """Two marker bytes, then the schema's fingerprint; headers have no say."""
     codec = Codec(SchemaRegistrySettings())
     value = codec.encode_event(TRADE)
-    assert headers == [(FINGERPRINT_HEADER, fingerprint(json.loads(schema_text("market_event"))))]
-    around = [("traceparent", b"00-1"), *headers, ("late", None)]
-    assert codec.decode_event(value, around) == TRADE
+    tag = fingerprint(json.loads(schema_text("market_event")))
+    assert value[:10] == b"\xc3\x01" + bytes.fromhex(tag.decode())
+    assert codec.decode_event(value, [(FINGERPRINT_HEADER, b"0123456789abcdef")]) == TRADE
+    with pytest.raises(PoisonRecord, match="unknown fingerprint") as poison:
+        codec.decode_event(b"\xc3\x01" + bytes(8) + value[10:])
+    assert poison.value.reason == "unknown_schema"
+
+
+def test_fingerprint_of_bare_avro_is_found_among_other_headers() -> None:
+    codec = Codec(SchemaRegistrySettings())
+    tag = (FINGERPRINT_HEADER, fingerprint(json.loads(schema_text("market_event"))))
+    around = [("traceparent", b"00-1"), tag, ("late", None)]
+    assert codec.decode_event(codec.encode_event(TRADE)[10:], around) == TRADE
 
 
 def test_fingerprint_is_no_other_message_s() -> None:
@@ -281,9 +289,7 @@ def test_registry_s_wire_format_is_confluent_s(registry: SchemaRegistryClient) -
     registered = registry.lookup_schema("tapeline.MarketEvent", schema)
     assert registered.schema_id is not None
     assert value[:5] == b"\0" + registered.schema_id.to_bytes(4, "big")
-    assert headers == []
-    bare = Codec(SchemaRegistrySettings()).encode_event(TRADE)
-    assert value[5:] == bare
+    assert value[5:] == Codec(SchemaRegistrySettings()).encode_event(TRADE)[10:]
 
 
 def test_mock_url_makes_a_client() -> None:
@@ -388,7 +394,7 @@ def test_registry_that_fails_later_is_transient(
     assert codec.decode_event(value, ()) == TRADE, "the schemas it knows need no registry"
 
 
-def encode(codec: Codec, message: Message) -> Encoded:
+def encode(codec: Codec, message: Message) -> bytes:
     match message:
         case MarketEvent():
             return codec.encode_event(message)
@@ -398,25 +404,25 @@ def encode(codec: Codec, message: Message) -> Encoded:
             return codec.encode_dead_letter(message)
 
 
-def decode(codec: Codec, like: Message, value: bytes | None, headers: Headers) -> Message:
+def decode(codec: Codec, like: Message, value: bytes | None) -> Message:
     match like:
         case MarketEvent():
-            return codec.decode_event(value, headers)
+            return codec.decode_event(value)
         case FeatureVector():
-            return codec.decode_feature(value, headers)
+            return codec.decode_feature(value)
         case DeadLetter():
-            return codec.decode_dead_letter(value, headers)
+            return codec.decode_dead_letter(value)
 
 
 def prefix(codec: Codec, message: Message) -> bytes:
     """What comes before the Avro bytes."""
-    value, headers = encode(codec, message)
-    return b"" if headers else value[:5]
+    value = encode(codec, message)
+    return value[: 5 if value[0] == 0 else 10]
 
 
-def decoded_or_poison(codec: Codec, like: Message, value: bytes, headers: Headers) -> None:
+def decoded_or_poison(codec: Codec, like: Message, value: bytes) -> None:
     try:
-        message = decode(codec, like, value, headers)
+        message = decode(codec, like, value)
     except PoisonRecord:
         return
     if isinstance(message, MarketEvent):

@@ -123,7 +123,7 @@ async def test_longest_unused_id_leaves_first() -> None:
     await table.sightings(["a", "b", "c"], ["1", "2", "3"])
     await table.sightings(["a"], ["4"])  # used again
     await table.sightings(["d"], ["5"])  # b leaves
-    assert [table.known(one) for one in "abcd"] == ["1", None, "3", "5"]
+    assert table.all_known("abcd") == ["1", None, "3", "5"]
 
 
 @given(ids=st.lists(st.sampled_from("abcdefgh"), max_size=60), max_ids=st.integers(1, 10))
@@ -135,7 +135,7 @@ def test_table_is_a_bounded_lru(ids: list[str], max_ids: int) -> None:
         model = [*(pair for pair in model if pair[0] != one), (one, first)][-max_ids:]
         assert table.remember(one, str(number)) == first
         assert table.statistics().num_local_ids == len(model)
-    assert {one: table.known(one) for one, _ in model} == dict(model)
+    assert {one: table.all_known([one])[0] for one, _ in model} == dict(model)
 
 
 # The one in Redis.

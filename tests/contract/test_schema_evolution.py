@@ -34,6 +34,7 @@ MESSAGE_NAMES: tuple[MessageName, ...] = get_args(MessageName)
 HISTORY = {
     "dead_letter.v1.avsc": ("b43e12e54308ea13", "3ea9336ab5652773"),
     "feature_vector.v1.avsc": ("1e0d4676ddb2ec63", "d17dc19ee6a5c4a0"),
+    "feature_vector.v2.avsc": ("307ae45bc520042b", "e95dd6f92378512a"),
     "market_event.v1.avsc": ("8145035e693dcc65", "4b792908e2a33ee2"),
 }
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,18 +62,10 @@ class Publisher:
             config["transactional.id"] = uuid.uuid4().hex
         self.producer = Producer(config)
 
-    def publish(
-        self, features: Iterable[FeatureVector], *, source_appended_us: int | None = None
-    ) -> None:
+    def publish(self, features: Iterable[FeatureVector]) -> None:
         for feature in features:
             value = self._codec.encode_feature(feature)
-            more = [] if source_appended_us is None else [source_appended_us]
-            self.producer.produce(
-                self.topic,
-                value,
-                feature.symbol.encode(),
-                headers=[*headers, *(("source-appended-us", str(us).encode()) for us in more)],
-            )
+            self.producer.produce(self.topic, value, feature.symbol.encode())
         assert self.producer.flush(LONG_S) == 0
 
     def publish_raw(self, value: bytes) -> None:
@@ -86,8 +79,8 @@ def subscribe(settings: Settings, **options: object) -> FeatureSubscriber:
 
 
 def test_a_feature_comes_out_as_it_went_in(lane_settings: Settings) -> None:
-    sent = make_feature(7)
-    Publisher(lane_settings).publish([sent], source_appended_us=1_700_000_000_000_000)
+    sent = replace(make_feature(7), source_appended_us=1_700_000_000_000_000)
+    Publisher(lane_settings).publish([sent])
     with subscribe(lane_settings, limit=1, idle_timeout_s=LONG_S) as subscriber:
         [record] = subscriber.records()
     got = record.feature

@@ -76,11 +76,10 @@ def publish_features(settings: Settings, num_features: int) -> list[FeatureVecto
             *(f"e{number}", "AAA", "V", 1_700_000_000_000_000 + number, "realtime", "m1", "c1"),
             *("events", 0, number, values),
             scores={"up": 0.5},
+            source_appended_us=1_700_000_000_000_000,
         )
-        value = codec.encode_feature(feature)
-        headers = [*headers, ("source-appended-us", b"1700000000000000")]
         topic = settings.lane("realtime").output_topic
-        producer.produce(topic, value, b"AAA", headers=headers)
+        producer.produce(topic, codec.encode_feature(feature), b"AAA")
         features.append(feature)
     assert producer.flush(20) == 0
     return features

@@ -284,7 +284,7 @@ def test_a_record_that_the_model_fails_on_is_a_dead_letter_and_may_come_again(
     raw = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers})
     with running_worker(settings, engine) as worker:
         for extra in ([], [claim], [claim]):
-            raw.produce(lane.topic, value, bad.symbol, headers=[*headers, *extra])
+            raw.produce(lane.topic, value, bad.symbol, headers=extra)
         assert raw.flush(LONG_S) == 0
         produce(settings, [last], "realtime")
         counts = worker.wait_until_ended("realtime", 4)

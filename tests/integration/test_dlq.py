@@ -247,9 +247,7 @@ def test_filters_choose(dlq: Dlq, filters: list[str], expected: str) -> None:
 
 def test_show_gives_the_event_if_there_is_one(dlq: Dlq) -> None:
     value = Codec(dlq.settings.schema_registry).encode_event(trade())
-    [id] = dlq.bury(
-        Original(b"BTCUSDT", value, [*headers, *HEADERS], stage="infer", reason="model_error")
-    )
+    [id] = dlq.bury(Original(b"BTCUSDT", value, HEADERS, stage="infer", reason="model_error"))
     shown = dlq.json("show", id)
     assert shown["event"]["payload"] == {"type": "trade", "price": 1.5, "size": 2.0, "side": "sell"}
     assert (shown["key"], shown["hex"], shown["value_bytes"]) == ("BTCUSDT", None, len(value))

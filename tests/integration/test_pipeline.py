@@ -191,7 +191,9 @@ def test_poison_goes_to_the_dlq_and_the_rest_unharmed(
     events = simulated(300, num_symbols=1)
     good = codec.encode_event(events[0])
     lane = settings.lane("realtime")
-    fingerprint = dict(headers)
+    fingerprint: dict[str, bytes | None] = {
+        FINGERPRINT_HEADER: codec.event_prefix[2:].hex().encode()
+    }
 
     def spoiled(**changes: object) -> bytes:
         """An event that our own producer would refuse, as Avro all the same."""
@@ -202,8 +204,9 @@ def test_poison_goes_to_the_dlq_and_the_rest_unharmed(
         "random bytes": (random.Random(1).randbytes(500), fingerprint),
         "truncated": (good[:-3], fingerprint),
         "bytes behind": (good + b"x", fingerprint),
-        "unknown fingerprint": (good, {FINGERPRINT_HEADER: b"0123456789abcdef"}),
-        "no fingerprint": (good, {}),
+        "unknown fingerprint": (b"\xc3\x01" + bytes(8) + good[10:], {}),
+        "unknown header": (good[10:], {FINGERPRINT_HEADER: b"0123456789abcdef"}),
+        "no fingerprint": (good[10:], {}),
         "tombstone": (None, fingerprint),
         "NaN": (spoiled(payload=Trade(float("nan"), 1.0)), fingerprint),
         "negative size": (spoiled(payload=Quote(1.0, -1.0, 2.0, 1.0)), fingerprint),
@@ -213,6 +216,7 @@ def test_poison_goes_to_the_dlq_and_the_rest_unharmed(
     reasons = {
         "random bytes": "bad_avro", "truncated": "bad_avro", "bytes behind": "bad_avro",
         "unknown fingerprint": "unknown_schema", "no fingerprint": "unknown_schema",
+        "unknown header": "unknown_schema",
         "tombstone": "no_value", "NaN": "not_finite", "negative size": "negative_size",
         "wrong sample": "bad_sample", "10 MB": "too_large",
     }  # fmt: skip
@@ -306,7 +310,7 @@ def _unchecked(codec: Codec, event: MarketEvent) -> bytes:
     fields = {name: getattr(event, name) for name in event.__struct_fields__}
     named = {name: getattr(payload, name) for name in payload.__struct_fields__}
     fields["payload"] = (f"tapeline.{type(payload).__name__}", named)
-    return codec._encode("market_event", fields)[0]
+    return codec._encode("market_event", fields)
 
 
 def _read_all(settings: Settings, topic: str, num_messages: int) -> list:

@@ -163,7 +163,7 @@ def test_skipped_events_are_in_the_windows_that_a_restart_rebuilds(
     for flag, kinds in ((Flags.SKIPPED, set()), (Flags.GAP, {"differs"})):
         value = codec.encode_feature(replace(first, flags=first.flags ^ flag))
         producer = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers})
-        producer.produce(lane.output_topic, value, key=first.symbol, headers=headers)
+        producer.produce(lane.output_topic, value, key=first.symbol)
         assert producer.flush(LONG_S) == 0
         report = audit(settings, [LANE], settled=True)
         assert {one.kind for one in report.violations} == kinds

@@ -5,13 +5,15 @@ from random import Random
 
 import numpy as np
 import pytest
+from columns import DECODER, columns_of
+from fuzzing import RawRecord, fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
+from test_fuzz_decode import VALID
+from test_windows import payloads
 
-from columns import DECODER, columns_of
 from consumers.columns import BAR, BOOK, NO_SEQUENCE, QUOTE, SAMPLE, TRADE, EventColumns, name_of
 from consumers.encoding import FeatureEncoder, Sources
-from fuzzing import RawRecord, fuzzed
 from inference.client import Inference
 from schemas.codec import FINGERPRINT_HEADER, Codec, fingerprint, released_schemas
 from schemas.errors import PoisonRecord
@@ -27,8 +29,6 @@ from schemas.messages import (
     Trade,
 )
 from schemas.settings import SchemaRegistrySettings
-from test_fuzz_decode import VALID
-from test_windows import payloads
 
 CODEC = Codec(SchemaRegistrySettings())
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=128)
@@ -175,7 +175,9 @@ def test_features_are_written_as_the_codec_writes_them(
         [offset for _, offset in places],
         appended_us,
     )
-    values = encoder.encode("lane", f"topic-{name}", sources, inference, rows, flags)
+    values = encoder.encode(
+        "lane", f"topic-{name}", sources, inference, rows, np.array(flags, np.uint8)
+    )
     for index, (event, row) in enumerate(zip(events, rows, strict=True)):
         scores = dict(zip(names, inference.scores[row].tolist(), strict=True))
         expected = FeatureVector(
@@ -200,7 +202,10 @@ def test_features_are_written_as_the_codec_writes_them(
 def test_no_features_are_no_bytes() -> None:
     nothing = Inference(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32), "m")
     encoder = FeatureEncoder(CODEC, "c", ())
-    assert encoder.encode("lane", "topic", Sources([], [], [], []), nothing, [], []) == []
+    assert (
+        encoder.encode("lane", "topic", Sources([], [], [], []), nothing, [], np.zeros(0, np.uint8))
+        == []
+    )
 
 
 def test_a_sample_of_another_size_is_poison() -> None:

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from columns import columns_of
-from fuzzing import CAPTURES, RawRecord, encoded, fields_of, fuzzed, real_events, varint
+from fuzzing import (
+    CAPTURES,
+    FINGERPRINT,
+    RawRecord,
+    encoded,
+    fields_of,
+    fuzzed,
+    real_events,
+    varint,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +43,6 @@ CODEC = Codec(SchemaRegistrySettings())
 CHANNELS = Market50()
 EVENTS = real_events(40)
 VALID = encoded(EVENTS)
-FINGERPRINT = VALID[0].headers
 NUM_FUZZED = 10_000
 _MAX_MESSAGE_BYTES = 1_000  # of what a dead letter says, twice: in its value and in a header
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from columns import columns_of
 from numpy.typing import NDArray
 
 from consumers.rollout import RolloutFollower
@@ -18,6 +19,7 @@ from inference.model import ModelConfig
 from inference.seeded import seeded_artifact
 from inference.store import ModelStore
 from schemas.errors import ConfigError, PoisonRecord, TransientError
+from schemas.messages import MarketEvent, Trade
 from schemas.settings import ModelSettings, WindowSettings
 
 WINDOW = WindowSettings()
@@ -55,7 +57,7 @@ def follower_of(store: ModelStore, model: Preparing, told: list[str]) -> Rollout
     return RolloutFollower(store.path, model, on_change)  # type: ignore[arg-type]
 
 
-SYMBOLS = [("SIM", "A"), ("SIM", "B")]
+SYMBOLS = [b"\x02A\x06SIM", b"\x02B\x06SIM"]
 
 
 async def test_windows_go_to_a_version_only_when_it_is_ready(store: ModelStore) -> None:
@@ -104,12 +106,13 @@ async def test_a_canary_splits_by_symbol(store: ModelStore) -> None:
     store.try_out(two, WINDOW, canary_share=0.5)
     follower = follower_of(store, Preparing(), [])
     await follower.look()
-    symbols = [("SIM", f"S{number}") for number in range(64)]
-    groups = follower.group(symbols)
+    symbols = [f"S{number}" for number in range(64)]
+    events = [MarketEvent("e", symbol, "SIM", 1, Trade(1.0, 1.0)) for symbol in symbols]
+    groups = follower.group(columns_of(events).symbols)
     assert set(groups) == {one, two}
     assert sorted(index for rows in groups.values() for index in rows) == list(range(64))
     for version, rows in groups.items():
-        assert all(store.rollout().version_of(*symbols[row]) == version for row in rows)
+        assert all(store.rollout().version_of("SIM", symbols[row]) == version for row in rows)
 
 
 async def test_an_unreadable_store_leaves_all_as_it_is(store: ModelStore) -> None:
