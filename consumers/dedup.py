@@ -149,7 +149,10 @@ class RedisFirstSeen:
         timeout_s = settings.timeout_ms / 1000
         self._shown_url = re.sub(r"//[^@/]*@", "//***@", settings.url)
         self._redis: Redis = Redis.from_url(
-            settings.url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
+            settings.url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            single_connection_client=True,  # to take one from a pool takes as long as the call
         )
         self._script = self._redis.register_script(_SET_OR_GET)
         self._take_over = self._redis.register_script(_TAKE_OVER)

@@ -72,8 +72,8 @@ class Envelopes:
         if traces or self._says_timing or any(map(headers_of, records)):
             known = traces or [None] * len(records)
             headers = [self._headers(*pair, times) for pair in zip(records, known, strict=True)]
-        columns = zip(repeat(lane.output_topic), items.events.keys, values, headers, strict=False)
-        return list(map(Outgoing._make, columns))
+        keys = items.events.keys
+        return list(zip(repeat(lane.output_topic), keys, values, headers, strict=False))
 
     def _headers(
         self, record: Record, trace: EventTrace | None, times: BatchTimes
@@ -122,7 +122,7 @@ class Envelopes:
             ("dlq-source", record.source),
         ]
         named: list[tuple[str, bytes | None]] = [(name, text.encode()) for name, text in why]
-        return Outgoing(lane.dlq_topic, record.key, value, named)
+        return lane.dlq_topic, record.key, value, named
 
 
 def _former_attempts(record: Record) -> int:

@@ -148,8 +148,10 @@ class Intake:
 
     async def _drop_duplicates(self, decoded: Items) -> Items:
         records = decoded.records
-        places = zip(map(partition_of, records), map(offset_of, records), strict=True)
-        sources = [f"{topic}:{number}:{offset}" for (topic, number), offset in places]
+        partitions = list(map(partition_of, records))
+        named = {(topic, number): f"{topic}:{number}:" for topic, number in set(partitions)}
+        places = zip(partitions, map(offset_of, records), strict=True)
+        sources = [named[partition] + str(offset) for partition, offset in places]
         ids = decoded.events.ids
         if not self._across_lanes:
             ids = [f"{record.lane}:{one}" for record, one in zip(records, ids, strict=True)]

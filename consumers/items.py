@@ -5,6 +5,9 @@ from itertools import compress
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from consumers.columns import EventColumns
 from consumers.offsets import PartitionProgress
 from consumers.records import Record
@@ -39,6 +42,10 @@ class Items(NamedTuple):
             list(compress(self.progress, chosen)),
             self.events.those(chosen),
         )
+
+    def appended_us(self) -> NDArray[np.int64]:
+        """When each was appended."""
+        return np.fromiter(map(appended_us_of, self.records), np.int64, len(self.records))
 
     def are_live(self) -> list[bool]:
         """Whether each is owed a feature; else it only rebuilds its window."""

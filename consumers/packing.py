@@ -13,10 +13,10 @@ from consumers.breaker import DeadLetterBreaker
 from consumers.budget import BatchTimes
 from consumers.envelopes import Envelopes
 from consumers.intake import Letter, MicroBatch
-from consumers.items import Items, appended_us_of, lane_of
+from consumers.items import Items, lane_of
 from consumers.metrics import LaneCounts
 from consumers.parcels import Outgoing, Parcel
-from consumers.records import Partition
+from consumers.records import Partition, Record
 from consumers.tracing import BatchTrace, Tracing
 from inference.client import Inference, ModelDescription
 from schemas.codec import Codec
@@ -38,10 +38,10 @@ class _Together(NamedTuple):
 def _together(items: Items, rows: Sequence[Any], kept: list[int]) -> list[_Together]:
     """The windows that are kept, by lane and inference: nearly always it is one of each."""
     lanes = set(map(lane_of, items.records))
-    inferences = {id(row[0]): row[0] for row in rows} if len(kept) == len(rows) else {}
-    if len(lanes) == len(inferences) == 1:
-        [lane], [inference] = lanes, inferences.values()
-        return [_Together(lane, inference, kept, [place for _, place in rows])]
+    if len(lanes) == 1 and len(kept) == len(rows):
+        inferences, places = zip(*rows, strict=True)
+        if len(set(map(id, inferences))) == 1:
+            return [_Together(lanes.pop(), inferences[0], kept, list(places))]
     groups: dict[tuple[str, int], _Together] = {}
     for index in kept:
         lane, (inference, place) = items.records[index].lane, rows[index]
@@ -108,16 +108,18 @@ class Packer:
         if PoisonRecord in set(map(type, rows)) or any(one.closed for one in set(items.progress)):
             kept, failed = self._sort_out(items, rows)
             letters += failed
-        messages: list[tuple[int, Outgoing]] = []
+        made: list[tuple[int, Record, Outgoing]] = []
         with self._traced(items.num, times) as traced:
             together = _together(items, rows, kept)
             for group in together:
-                messages += self._features(group, batch, times, now_us, traced, parcels)
+                made += self._features(group, batch, times, now_us, traced, parcels)
         if len(together) > 1:
-            messages.sort(key=itemgetter(0))
-        for index, message in messages:
-            record = items.records[index]
-            parcel = parcels[record.partition]
+            made.sort(key=itemgetter(0))
+        partition: Partition | None = None
+        for _, record, message in made:
+            if record.partition is not partition:  # those of a partition come in runs
+                partition = record.partition
+                parcel = parcels[partition]
             parcel.features.append(record)
             parcel.messages.append(message)
         self._watch_for_flood(batch, letters)
@@ -148,8 +150,8 @@ class Packer:
         now_us: int,
         traced: BatchTrace | None,
         parcels: Mapping[Partition, Parcel],
-    ) -> Iterable[tuple[int, Outgoing]]:
-        """By the places of their items in the micro-batch."""
+    ) -> Iterable[tuple[int, Record, Outgoing]]:
+        """With the places of their records in the micro-batch."""
         lane, items = self._lanes[group.lane], batch.items
         if len(group.indices) < items.num:
             chosen = set(group.indices)
@@ -158,8 +160,7 @@ class Packer:
         if group.inference.cached:
             flags |= Flags.CACHED
         if lane.expired == "stale":
-            late = [lane.is_late(one, now_us) for one in map(appended_us_of, items.records)]
-            flags |= np.array(late, np.uint8) * np.uint8(Flags.STALE)
+            flags |= lane.are_late(items.appended_us(), now_us) * np.uint8(Flags.STALE)
         traces = [traced.begin(record) for record in items.records] if traced else []
         for record, trace in zip(items.records, traces, strict=False):
             if trace:
@@ -167,7 +168,7 @@ class Packer:
         made = self._envelopes.features(
             lane, items, group.inference, group.rows, flags, times, traces
         )
-        return zip(group.indices, made, strict=True)
+        return zip(group.indices, items.records, made, strict=True)
 
     def _traced(
         self, num_windows: int, times: BatchTimes

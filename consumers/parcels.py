@@ -3,21 +3,15 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from consumers.offsets import PartitionProgress, Span
 from consumers.records import Record
 from consumers.tracing import EventTrace
 from schemas.errors import PoisonRecord
 
-
-class Outgoing(NamedTuple):
-    """A message to publish."""
-
-    topic: str
-    key: bytes | None
-    value: bytes
-    headers: Sequence[tuple[str, bytes | None]]
+Outgoing = tuple[str, bytes | None, bytes, Sequence[tuple[str, bytes | None]]]
+"""A message to publish: topic, key, value, headers."""
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import methodcaller
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -36,9 +35,6 @@ from schemas.settings import Settings, WorkerSettings
 
 T = TypeVar("T")
 
-_ERROR, _PARTITION, _OFFSET, _KEY, _VALUE, _TIMESTAMP = map(
-    methodcaller, ("error", "partition", "offset", "key", "value", "timestamp")
-)
 
 _POLL_S = 0.1
 _MAX_POLLED = 500
@@ -229,7 +225,7 @@ class LanePoller:
 
     def _hand_over(self, messages: list[Message]) -> None:
         polled_us = time.time_ns() // 1000
-        if any(map(_ERROR, messages)):
+        if any(map(Message.error, messages)):
             messages = [one for one in messages if not self._is_passing(one.error())]
         if messages:
             self._handed_over += len(messages)
@@ -402,16 +398,17 @@ def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, An
     }
 
 
-def records_of(lane: LaneSettings, messages: Sequence[Any], polled_us: int) -> list[Record]:
+def records_of(lane: LaneSettings, messages: Sequence[Message], polled_us: int) -> list[Record]:
     """Attribute by attribute, which takes a fifth of the time of message by message."""
-    numbers = map(_PARTITION, messages)
+    numbers = list(map(Message.partition, messages))
+    partitions = {number: (lane.topic, number) for number in set(numbers)}
     columns = (
-        [(lane.topic, number) for number in numbers],
-        map(_OFFSET, messages),
-        map(_KEY, messages),
-        map(_VALUE, messages),
+        [partitions[number] for number in numbers],
+        map(Message.offset, messages),
+        map(Message.key, messages),
+        map(Message.value, messages),
         all_headers(messages),
-        [timestamp_ms * 1000 for _, timestamp_ms in map(_TIMESTAMP, messages)],
+        [timestamp_ms * 1000 for _, timestamp_ms in map(Message.timestamp, messages)],
     )
     return list(map(Record._make, zip(repeat(lane.name), *columns, repeat(polled_us))))
 

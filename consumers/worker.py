@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import structlog
 from prometheus_client.registry import REGISTRY, CollectorRegistry
 
@@ -348,8 +349,8 @@ class Worker:
             trace.end(now_us)
         counts.features += len(parcel.features)
         if lane.expired == "stale":
-            appended_us = map(appended_us_of, parcel.features)
-            counts.stale += sum(lane.is_late(one, now_us) for one in appended_us)
+            appended_us = np.array(list(map(appended_us_of, parcel.features)), np.int64)
+            counts.stale += int(np.count_nonzero(lane.are_late(appended_us, now_us)))
         self._budget.observe(parcel.lane, parcel.features, times, now_us)
         for record, poison in parcel.letters:
             counts.dead_letters += 1

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -74,6 +76,11 @@ class LaneSettings(Section):
     def is_late(self, appended_us: int, now_us: int) -> bool:
         """Whether a record appended then (Unix epoch, microseconds) is past the deadline now."""
         return now_us - appended_us > self.deadline_ms * 1000
+
+    def are_late(self, appended_us: NDArray[np.int64], now_us: int) -> NDArray[np.bool_]:
+        """``is_late`` of many."""
+        late: NDArray[np.bool_] = now_us - appended_us > self.deadline_ms * 1000
+        return late
 
     def is_stale(self, appended_us: int, now_us: int) -> bool:
         """Whether a feature that is made of it now is flagged."""

@@ -123,7 +123,7 @@ class WorkerSettings(Section):
     session_timeout_s: float = Field(
         10, ge=1, description="A silent worker is given up; with KIP-848 the broker decides."
     )
-    max_batch: int = Field(256, ge=1, le=65_536, description="Records in a micro-batch.")
+    max_batch: int = Field(1024, ge=1, le=65_536, description="Records in a micro-batch.")
     max_service_share: Fraction = Field(
         0.2,
         gt=0,
