@@ -19,4 +19,7 @@ def compiled(function: F) -> F:
     Keeps Python's lock: to take it back from the other threads would cost a small micro-batch more
     than it takes.
     """
-    return cast(F, numba.njit(cache=True, error_model="numpy")(function))
+    try:
+        return cast(F, numba.njit(cache=True, error_model="numpy")(function))
+    except RuntimeError:  # no folder can be written to: each process compiles for itself
+        return cast(F, numba.njit(error_model="numpy")(function))
