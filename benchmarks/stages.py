@@ -50,7 +50,7 @@ from tapeline.simulator import simulate, symbol_names
 
 _LANE = "realtime"
 _POLLED = 500
-_KINDS = {"trade": Trade, "book": Book}
+KINDS = {"trade": Trade, "book": Book}
 _MODEL = ModelDescription("mean@1", "market50-v1", 50, 60, 8, ())
 
 
@@ -60,12 +60,12 @@ def main() -> None:
     )
     parser.add_argument("--events", type=int, default=40_000)
     parser.add_argument("--batch", type=int, action="append")
-    parser.add_argument("--kind", choices=_KINDS, action="append")
+    parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--symbols", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    batches, kinds = options.batch or [256, 1024], options.kind or list(_KINDS)
+    batches, kinds = options.batch or [256, 1024], options.kind or list(KINDS)
     machine = str(this_machine())
     found: dict[str, dict[str, float]] = {}
     with parts() as settings:
@@ -90,7 +90,7 @@ def main() -> None:
 def _events(kind: str, num_events: int, num_symbols: int) -> list[MarketEvent]:
     """Of one kind; ids of their own, or a second pass would be of duplicates."""
     tape = simulate(symbols=symbol_names(num_symbols), seed=1, start_time_us=10**15)
-    wanted = (one for one in tape if isinstance(one.payload, _KINDS[kind]))
+    wanted = (one for one in tape if isinstance(one.payload, KINDS[kind]))
     run = uuid.uuid4().hex[:8]
     return [
         MarketEvent(f"{run}-{number}", one.symbol, one.venue, one.event_time_us, one.payload)

@@ -237,7 +237,8 @@ class _Contender:
         self._environment = os.environ | ours
         if name == "tapeline":
             self._environment |= as_environment(settings)
-            self._environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+            paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+            self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._log = settings.state_dir / f"{name}.log"
         self._process: psutil.Popen | None = None
 

@@ -20,7 +20,7 @@ _MAX_BEFORE = 4  # times that a boundary is passed before it kills
 _OFTEN = 20  # met so often in the census, it is met soon again
 # Without these among the points met, the census has not seen the way of an event.
 _ESSENTIAL = {
-    "at_least_once": {"_step", "_finish", "prepare", "_try_produce", "_commit", "_run", "revoked"},
+    "at_least_once": {"_step", "_finish", "prepare", "try_produce", "_commit", "_run", "revoked"},
     "exactly_once": {"_step", "_finish", "prepare", "_transact", "_open", "_run", "revoked"},
 }
 

@@ -1,0 +1,213 @@
+"""Events a second by the number of workers: each a process of its own, on one lane.
+
+    python -m benchmarks.workers [--workers 1 --workers 2] [--events 200000] [--partitions 16]
+        [--symbols 96] [--kind mixed] [--real] [--json]
+
+Starts a broker and a Redis of its own. The workers share a lane's partitions, and their windows are
+full; then they are stopped (SIGSTOP), a backlog is appended, and they go on at once. Features a
+second by the growth of the output topic, over the middle 60 % of the backlog; processor time of all
+workers an event. The model is a mean over a few channels (``benchmarks/compare/run_tapeline.py``),
+so that the stream is what is measured; with ``--real`` it is the settings' model, in each worker's
+process (``tapeline worker``).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+from confluent_kafka import Consumer, Producer, TopicPartition
+
+from benchmarks.lanes.load import own_topics
+from benchmarks.stages import KINDS
+from benchmarks.tape import parts
+from schemas.codec import Codec
+from schemas.kafka import IDEMPOTENT, client_config, make_client
+from schemas.settings import Settings, as_environment
+from tapeline.machine import this_machine
+from tapeline.simulator import simulate, symbol_names
+
+_LANE = "realtime"
+_SCRIPT = Path(__file__).parent / "compare" / "run_tapeline.py"
+_SCHEMAS = Path(__file__).parents[1] / "schemas"
+_WORKER = ["-m", "tapeline", "worker"]
+_WARM_UP_PER_SYMBOL = 200  # on average
+_TICK_S = 0.1
+_WORK_S = 300.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, action="append")
+    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--partitions", type=int, default=16)
+    parser.add_argument("--symbols", type=int, default=96)
+    parser.add_argument("--kind", choices=("mixed", *KINDS), default="mixed")
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    machine = str(this_machine())
+    found = []
+    with parts(kafka={"num_partitions": options.partitions}) as settings:
+        tape = _Tape(settings, options.symbols, options.kind)
+        for number in options.workers or [1, 2]:
+            found.append(_measure(settings, tape, number, options))
+            print(found[-1], file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps({"machine": machine, "rows": found}, indent=2))
+        return
+    print(f"{machine}; {options.events:,} events, {options.kind}\n")
+    print("| " + " | ".join(found[0]) + " |")
+    print("|" + " ---: |" * len(found[0]))
+    for row in found:
+        print("| " + " | ".join(f"{value:,.4g}" for value in row.values()) + " |")
+
+
+class _Tape:
+    """Encoded events without end: a simulated market again and again, each event with an id of its
+    own.
+    """
+
+    def __init__(self, settings: Settings, num_symbols: int, kind: str) -> None:
+        codec = Codec(settings.schema_registry)
+        tape = simulate(symbols=symbol_names(num_symbols), seed=1, start_time_us=10**15)
+        wanted = (one for one in tape if kind == "mixed" or isinstance(one.payload, KINDS[kind]))
+        self.num_symbols = num_symbols
+        self._events = [
+            (event.symbol.encode(), codec.encode_event(event), event.event_id.encode())
+            for event in islice(wanted, 50_000)
+        ]
+        self._number = 0
+
+    def send(self, settings: Settings, num_events: int) -> None:
+        """Appends so many to the lane's topic."""
+        config = {"linger.ms": 20, "queue.buffering.max.messages": 1_000_000}
+        producer: Producer = make_client(
+            Producer, client_config(settings, defaults=config, required=IDEMPOTENT)
+        )
+        topic = settings.lane(_LANE).topic
+        for _ in range(num_events):
+            key, value, event_id = self._events[self._number % len(self._events)]
+            begin = 11  # the tag and the length of the id
+            fresh = f"{self._number:0{len(event_id)}d}".encode()
+            self._number += 1
+            producer.produce(topic, value[:begin] + fresh + value[begin + len(fresh) :], key)
+            if self._number % 1_000 == 0:
+                producer.poll(0)
+        assert producer.flush(120) == 0
+
+
+def _measure(
+    settings: Settings, tape: _Tape, num_workers: int, options: argparse.Namespace
+) -> dict[str, float]:
+    num_events = options.events
+    with own_topics(settings, {_LANE: settings.lane(_LANE)}) as own:
+        ends = _Ends(own)
+        begun_s = time.monotonic()
+        with _workers(own, num_workers, real=options.real) as workers:
+            tape.send(own, _WARM_UP_PER_SYMBOL * tape.num_symbols)
+            start_s = ends.wait_until_quiet() - begun_s
+            for worker in workers:
+                worker.suspend()
+            tape.send(own, num_events)
+            before = ends.total()
+            used_s = _cpu_s(workers)
+            for worker in workers:
+                worker.resume()
+            times_s, counts = ends.watch(before + num_events)
+            used_s = _cpu_s(workers) - used_s
+            memory_mb = sum(worker.memory_full_info().pss for worker in workers) / 1e6
+    low, high = (np.searchsorted(counts, before + share * num_events) for share in (0.2, 0.8))
+    rate = (counts[high] - counts[low]) / (times_s[high] - times_s[low])
+    us = 1e6 * used_s / num_events
+    return {
+        "workers": num_workers,
+        "events_per_s": float(rate),
+        "us_an_event": us,
+        "events_per_s_a_core": 1e6 / us,
+        "memory_mb": memory_mb,
+        "first_features_s": start_s,
+    }
+
+
+def _cpu_s(workers: Sequence[psutil.Process]) -> float:
+    return sum(sum(worker.cpu_times()[:2]) for worker in workers)
+
+
+@contextmanager
+def _workers(settings: Settings, number: int, *, real: bool) -> Iterator[list[psutil.Process]]:
+    """So many worker processes; killed in the end."""
+    paths = [str(_SCHEMAS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | as_environment(settings)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["COMPARE_SCHEMAS"] = str(_SCHEMAS)
+    log = settings.state_dir / "workers.log"
+    with log.open("ab") as output:
+        running = [
+            subprocess.Popen(
+                [sys.executable, *(_WORKER if real else [str(_SCRIPT)])],
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
+            for _ in range(number)
+        ]
+    try:
+        yield [psutil.Process(one.pid) for one in running]
+        if any(one.poll() is not None for one in running):
+            raise SystemExit(f"a worker ended by itself:\n{log.read_text()[-3_000:]}")
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+
+
+class _Ends:
+    """How many features there are, by the ends of the output topic's partitions."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._consumer: Consumer = make_client(
+            Consumer, client_config(settings, defaults={"group.id": "ends"})
+        )
+        topic, number = settings.lane(_LANE).output_topic, settings.kafka.num_partitions
+        self._partitions = [TopicPartition(topic, one) for one in range(number)]
+
+    def total(self) -> int:
+        return sum(self._consumer.get_watermark_offsets(one)[1] for one in self._partitions)
+
+    def wait_until_quiet(self) -> float:
+        """Until features have come and no more come; when the first was seen."""
+        first_s, last, last_s = 0.0, 0, time.monotonic()
+        while not last or time.monotonic() - last_s < 3:
+            time.sleep(_TICK_S)
+            if (total := self.total()) > last:
+                last, last_s = total, time.monotonic()
+                first_s = first_s or last_s
+            elif time.monotonic() - last_s > _WORK_S:
+                raise SystemExit("no features came")
+        return first_s
+
+    def watch(self, until: int) -> tuple[list[float], list[int]]:
+        """Times and totals until there are so many."""
+        times_s, counts = [time.monotonic()], [self.total()]
+        while counts[-1] < until:
+            if times_s[-1] - times_s[0] > _WORK_S:
+                raise SystemExit(f"{until - counts[-1]} features are missing")
+            time.sleep(_TICK_S)
+            counts.append(self.total())
+            times_s.append(time.monotonic())
+        return times_s, counts
+
+
+if __name__ == "__main__":
+    main()
