@@ -30,7 +30,9 @@ _TRACEBACK = "Traceback (most recent call last)"
 
 # A fork of a process that has torch loaded is ready in milliseconds; importing it takes seconds.
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["torch", "tapeline.app", "inference.engine", "consumers.worker"])
+forkserver.set_forkserver_preload(
+    ["torch", "tapeline.app", "inference.engine", "consumers.worker", "chaos.loaded"]
+)
 
 
 def run_child(settings: Settings, log: Path, started: Path) -> None:
