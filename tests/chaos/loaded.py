@@ -3,6 +3,7 @@ or each of a hundred short-lived workers would load it for itself.
 """
 
 from columns import DECODER
+
 from consumers.channels import Market50
 from consumers.encoding import FeatureEncoder
 from consumers.windows import WindowStore
