@@ -29,9 +29,10 @@ class DeadLetterBreaker:
 
         Raises DeadLetterFlood; the letters of this call should then not be published.
         """
-        if are_letters and not any(are_letters):
+        some_are = any(are_letters)
+        if are_letters and not some_are:
             self._consecutive = 0
-        for is_letter in are_letters if any(are_letters) else ():
+        for is_letter in are_letters if some_are else ():
             self._consecutive = self._consecutive + 1 if is_letter else 0
             if self._consecutive > self._max_consecutive:
                 raise DeadLetterFlood(

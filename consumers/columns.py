@@ -94,17 +94,17 @@ def an_event() -> EventColumns:
 
 def name_of(symbol: bytes) -> tuple[str, str]:
     """Venue and symbol of one of ``EventColumns.symbols``."""
-    name, _, rest = _split(symbol)
-    venue, _, _ = _split(rest)
+    name, rest = _split(symbol)
+    venue, _ = _split(rest)
     return venue.decode(), name.decode()
 
 
-def _split(text: bytes) -> tuple[bytes, int, bytes]:
-    """An Avro string, its size, and what follows it; sizes need two bytes at most."""
+def _split(text: bytes) -> tuple[bytes, bytes]:
+    """An Avro string, and what follows it; sizes need two bytes at most."""
     size, begin = text[0] >> 1, 1
     if text[0] & 0x80:
         size, begin = (text[0] & 0x7F | text[1] << 7) >> 1, 2
-    return text[begin : begin + size], size, text[begin + size :]
+    return text[begin : begin + size], text[begin + size :]
 
 
 class EventDecoder:

@@ -81,11 +81,7 @@ class LocalFirstSeen:
 
     def remember(self, event_id: str, source: str) -> str:
         """The id's first source; ``source`` itself if there was none."""
-        first = self._sources.setdefault(event_id, source)
-        self._sources.move_to_end(event_id)
-        if len(self._sources) > self._max_ids:
-            self._sources.popitem(last=False)
-        return first
+        return self.remember_all([event_id], [source])[0]
 
     def snapshot(self) -> list[tuple[str, str]]:
         """Ids and their first sources, the longest unused first."""

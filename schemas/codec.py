@@ -130,7 +130,7 @@ class RegistryWire:
         except Exception as error:  # the client lets its HTTP library's own errors through
             raise ConfigError(
                 f"cannot register {subject} with the Schema Registry: {error}; "
-                "check schema_registry.url, or unset it to send bare Avro"
+                "check schema_registry.url, or unset it to do without a registry"
             ) from error
         self.prefix = _REGISTRY_PREFIX.pack(0, schema_id)
         self.schema = _parse(json.loads(text))

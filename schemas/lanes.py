@@ -82,10 +82,6 @@ class LaneSettings(Section):
         late: NDArray[np.bool_] = now_us - appended_us > self.deadline_ms * 1000
         return late
 
-    def is_stale(self, appended_us: int, now_us: int) -> bool:
-        """Whether a feature that is made of it now is flagged."""
-        return self.expired == "stale" and self.is_late(appended_us, now_us)
-
 
 DEFAULT_LANES: Mapping[str, Mapping[str, Any]] = {
     "realtime": {"rank": 1, "deadline_ms": 50, "reserved_share": 0.50, "expired": "stale"},
