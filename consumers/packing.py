@@ -158,7 +158,7 @@ class Packer:
             items = items.those([index in chosen for index in range(items.num)])
         flags = batch.flags[group.indices]
         if group.inference.cached:
-            flags |= Flags.CACHED
+            flags |= np.uint8(Flags.CACHED)
         if lane.expired == "stale":
             flags |= lane.are_late(items.appended_us(), now_us) * np.uint8(Flags.STALE)
         traces = [traced.begin(record) for record in items.records] if traced else []

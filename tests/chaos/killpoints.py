@@ -22,7 +22,7 @@ from typing import Any, Literal
 from waiting import wait_until
 
 import consumers
-from chaos.workers import LONG_S, forkserver, run_child
+from chaos.workers import LONG_S, fork, run_child
 from schemas.settings import Settings
 
 FILES = (
@@ -147,10 +147,7 @@ class TracedWorker:
     def __init__(self, settings: Settings, stem: Path, kill: KillPoint | None = None) -> None:
         self.log = stem.with_suffix(".log")
         self._started, self._hits = stem.with_suffix(".started"), stem.with_suffix(".hits")
-        self._process = forkserver.Process(
-            target=_child, args=(settings, self.log, self._started, self._hits, kill), daemon=True
-        )
-        self._process.start()
+        self._process = fork(_child, settings, self.log, self._started, self._hits, kill)
 
     @property
     def is_up(self) -> bool:

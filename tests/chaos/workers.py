@@ -11,9 +11,11 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from waiting import wait_until
 
@@ -29,10 +31,20 @@ _TICK_S = 0.02
 _TRACEBACK = "Traceback (most recent call last)"
 
 # A fork of a process that has torch loaded is ready in milliseconds; importing it takes seconds.
-forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(
     ["torch", "tapeline.app", "inference.engine", "consumers.worker", "chaos.loaded"]
 )
+
+
+def fork(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """A started process, forked from one that has the code of a worker loaded."""
+    process = _FORKSERVER.Process(target=target, args=args, daemon=True)
+    # The server takes its path from the environment; what it does not find there it silently skips.
+    path = os.pathsep.join(filter(None, sys.path))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        process.start()
+    return process
 
 
 def run_child(settings: Settings, log: Path, started: Path) -> None:
@@ -63,10 +75,7 @@ class WorkerProcess:
         self.is_stopped = False  # by SIGSTOP
         self.is_dismissed = False  # by SIGTERM
         if environment is None:
-            self._process = forkserver.Process(
-                target=run_child, args=(settings, self.log, self._started), daemon=True
-            )
-            self._process.start()
+            self._process = fork(run_child, settings, self.log, self._started)
         else:
             with self.log.open("ab") as output:
                 self._process = subprocess.Popen(

@@ -151,8 +151,14 @@ def test_what_is_in_use_and_how_many_there_are(run: Run) -> None:
         found = run.server.query(f"cnn_lstm_{what}_utilization_percent")
         assert {labels["part"] for labels, _ in found} == {"worker", "model"}
         assert all(0 <= percent <= 100 for _, percent in found)
-    lag = run.server.query("tapeline_lag_records")
-    assert {labels["lane"] for labels, _ in lag} == set(run.counts)
+    wait_until(  # it is looked at every few seconds, by a thread of its own
+        lambda: (
+            {labels["lane"] for labels, _ in run.server.query("tapeline_lag_records")}
+            == set(run.counts)
+        ),
+        LONG_S,
+        "the lag of every lane",
+    )
     wait_for_total(run, "tapeline_lag_records", 0)
     wait_for_total(run, "tapeline_lag_seconds", 0)
     wait_for_total(run, 'tapeline_replicas{state="RUNNING"}', 2)
