@@ -5,6 +5,7 @@
     reference.safetensors   windows with the features and scores they must give
     README.md               the model card
     program.pt2             only where the network is an exported program: its graph
+    training.json           only of a model that Tapeline trained: how, and on what
     manifest.json           sha256 of each file above
 
 No pickle anywhere. A folder never changes once it is written; a new version is a new folder.
@@ -40,6 +41,7 @@ _CONFIG, _WEIGHTS, _REFERENCE, _CARD = (
     "README.md",
 )
 _PROGRAM = "program.pt2"
+_TRAINING = "training.json"
 _MANIFEST = "manifest.json"
 _NUM_REFERENCE_WINDOWS = 8
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -71,6 +73,7 @@ class Artifact:
         precision: what the layers compute in.
         cuda_graphs: on a GPU, each batch shape is recorded once and replayed.
         program: an exported network's graph; see ``inference.exported``.
+        training: the record of its training as JSON; see ``inference.training.record``.
         card: Markdown: what it was trained on, what its features mean, what it must not be used
             for.
     """
@@ -88,6 +91,7 @@ class Artifact:
     precision: Precision = "fp32"
     cuda_graphs: bool = True
     program: bytes | None = None
+    training: bytes | None = None
 
     @classmethod
     def from_model(
@@ -133,9 +137,9 @@ class Artifact:
         )
         return replace(draft, model_version=draft.expected_version)
 
-    def with_card(self, card: str) -> Self:
-        """The same model version under another card."""
-        return replace(self, card=card)
+    def with_card(self, card: str, training: bytes | None = None) -> Self:
+        """The same model version under another card, and with the record of its training."""
+        return replace(self, card=card, training=training or self.training)
 
     def build_model(self) -> Network:
         """A new module with these weights, on the CPU, in float32, in eval mode."""
@@ -275,6 +279,7 @@ def load_artifact(
         precision=config_file.precision,
         cuda_graphs=config_file.cuda_graphs,
         program=program,
+        training=files.get(_TRAINING),
     )
     if artifact.model_version != artifact.expected_version:
         raise ConfigError(
@@ -310,6 +315,8 @@ def _digest(artifact: Artifact) -> str:
     config, normalisation, weights = artifact.config, artifact.normalisation, artifact.weights
     digest = hashlib.sha256()
     added_later = {"architecture", "options"} if config.architecture == CNN_LSTM else set()
+    if config.score_groups == 1:
+        added_later.add("score_groups")
     sizes = config.model_dump(mode="json", exclude=added_later)
     digest.update(_json([sizes, artifact.channels_version, normalisation.clip]))
     digest.update(normalisation.mean.tobytes() + normalisation.scale.tobytes())
@@ -346,8 +353,8 @@ def _encode(artifact: Artifact) -> dict[str, bytes]:
         )
     except ValidationError as error:
         raise ConfigError(f"the artifact cannot be saved: {_first_problem(error)}") from error
-    program = {} if artifact.program is None else {_PROGRAM: artifact.program}
-    return program | {
+    optional = {_PROGRAM: artifact.program, _TRAINING: artifact.training}
+    return {name: content for name, content in optional.items() if content is not None} | {
         _CONFIG: _json(config_file.model_dump(mode="json")),
         _WEIGHTS: safetensors.torch.save(dict(artifact.weights)),
         _REFERENCE: safetensors.numpy.save(
@@ -368,7 +375,7 @@ def _read_checked(path: Path) -> dict[str, bytes]:
     names = [_CONFIG, _WEIGHTS, _REFERENCE, _CARD]
     try:
         checksums = json.loads((path / _MANIFEST).read_bytes())["sha256"]
-        names += [_PROGRAM] if _PROGRAM in checksums else []
+        names += [name for name in (_PROGRAM, _TRAINING) if name in checksums]
         files = {name: (path / name).read_bytes() for name in names}
         expected = {name: checksums[name] for name in names}
     except OSError as error:

@@ -18,21 +18,23 @@ _DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
 
 
 CNN_LSTM = "cnn_lstm"
+DEEPLOB = "deeplob"
 EXPORTED = "exported"
 
 
 class ModelConfig(BaseModel):
     """What a network reads and gives, and its own sizes. They are part of its artifact.
 
-    ``conv_channels`` to ``lstm_layers`` are the CNN+LSTM's; another architecture has ``options``.
+    ``conv_channels`` to ``lstm_layers`` are the CNN+LSTM's; DeepLOB's sizes are those published;
+    a user's own architecture has ``options``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(
         CNN_LSTM,
-        pattern=rf"^({CNN_LSTM}|{EXPORTED}|[\w.]+:\w+)$",
-        description="`cnn_lstm`, `package.module:Class` of an `nn.Module`, or `exported`.",
+        pattern=rf"^({CNN_LSTM}|{DEEPLOB}|{EXPORTED}|[\w.]+:\w+)$",
+        description="`cnn_lstm`, `deeplob`, `package.module:Class` of an `nn.Module`, `exported`.",
     )
     options: dict[str, JsonValue] = Field({}, description="Of that class's constructor, by name.")
     num_channels: int = Field(50, ge=1, le=4096)
@@ -44,6 +46,9 @@ class ModelConfig(BaseModel):
     num_features: int = Field(64, ge=1, le=65_536)
     score_names: tuple[str, ...] = ()
     score_activation: Literal["sigmoid", "softmax"] = "sigmoid"
+    score_groups: int = Field(
+        1, ge=1, description="A softmax is over each of so many groups of scores, alike in size."
+    )
 
     @field_validator("conv_channels")
     @classmethod
@@ -54,12 +59,16 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if self.options and self.architecture in (CNN_LSTM, EXPORTED):
+        if self.options and self.architecture in (CNN_LSTM, DEEPLOB, EXPORTED):
             raise ValueError(f"options are another architecture's; {self.architecture} has none")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if len(set(self.score_names)) < len(self.score_names):
             raise ValueError(f"two scores have the same name: {', '.join(self.score_names)}")
+        if len(self.score_names) % self.score_groups:
+            raise ValueError(
+                f"{len(self.score_names)} scores do not make {self.score_groups} groups alike"
+            )
         return self
 
     def __hash__(self) -> int:
@@ -135,10 +144,15 @@ class Network(nn.Module):
         Raises ValueError for another shape or dtype.
         """
         check_windows(self.config, tuple(windows.shape), str(windows.dtype).removeprefix("torch."))
+        features, logits = self.logits(windows)
+        return features, self._activate(logits)
+
+    def logits(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, F), and the scores before their activation (B, S): what training asks."""
         normalised = ((windows - self.mean) / self.scale).clamp(-self.clip, self.clip)
         outputs = self.encode(normalised.to(self._dtype)).float()
         features, logits = outputs.tensor_split((self.config.num_features,), dim=1)
-        return features, self._activate(logits)
+        return features, logits
 
     def set_precision(self, precision: Precision) -> Self:
         """Has the layers compute in this precision; what goes in and comes out stays float32.
@@ -155,7 +169,8 @@ class Network(nn.Module):
 
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.score_activation == "softmax":
-            return logits.softmax(dim=-1)
+            groups = logits.reshape(len(logits), self.config.score_groups, -1)
+            return groups.softmax(dim=-1).reshape(logits.shape)
         # A sigmoid is the softmax of (x, 0). Torch's own runs over the flat batch, whose last few
         # values take another code path and round otherwise; a softmax treats each row alike.
         pairs = torch.stack([logits, torch.zeros_like(logits)], dim=-1)
@@ -237,6 +252,10 @@ def build_network(
         if program is None:
             raise ValueError("the architecture is exported, but there is no program")
         return ExportedNetwork(config, normalisation, program)
+    if config.architecture == DEEPLOB:
+        from inference.deeplob import DeepLob
+
+        return DeepLob(config, normalisation)
     kind = CnnLstm if config.architecture == CNN_LSTM else OwnNetwork
     return kind(config, normalisation)
 

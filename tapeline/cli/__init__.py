@@ -28,6 +28,7 @@ from tapeline.cli import (
     stream,
     tape,
     top,
+    training,
 )
 from tapeline.cli.terminal import GlobalOptions
 
@@ -64,6 +65,8 @@ _COMMANDS: list[Callable[..., None]] = [
 ]
 for _command in _COMMANDS:
     app.command()(_command)
+for _command in (training.train, training.evaluate, training.drift):
+    model.app.command()(_command)
 app.add_typer(autoscale.app, name="autoscale")
 app.add_typer(bench.app, name="bench")
 app.add_typer(dlq.app, name="dlq")

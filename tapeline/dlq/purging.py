@@ -10,8 +10,9 @@ from schemas.settings import Settings
 from tapeline.clients import ask_broker, make_admin
 from tapeline.dlq.index import LeadingRun, Place, fold
 from tapeline.dlq.letters import LetterId, Selection
-from tapeline.dlq.reading import ShowProgress, read_records, snapshot
+from tapeline.dlq.reading import read_records, snapshot
 from tapeline.dlq.replaying import Receipts, make_producer
+from tapeline.reading import ShowProgress
 
 
 @dataclass(frozen=True, slots=True)

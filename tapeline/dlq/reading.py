@@ -1,36 +1,18 @@
-"""Dead-letter topics as they stand at one moment: no group, no commits, committed records only."""
+"""Dead-letter topics as they stand at one moment."""
 
-import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple
-
-from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, TopicPartition
+from collections.abc import Collection, Iterator, Mapping
 
 from schemas.codec import Codec
-from schemas.errors import TransientError
-from schemas.kafka import client_config, consume_ready, make_client, message_headers
+from schemas.kafka import message_headers
 from schemas.lanes import LaneSettings
 from schemas.settings import Settings
-from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
 from tapeline.dlq.index import EVERYTHING, Index, Place, fold
 from tapeline.dlq.letters import Letter, LetterId, Receipt, Record, Selection, Unreadable, classify
+from tapeline.reading import ShowProgress, Span, read_spans, spans_between
 
-ShowProgress = Callable[[int, int], None]
-"""Called with how many offsets are read, and how many there are to read."""
-
-_POLL_S = 0.1  # how long Ctrl-C may have to wait
-_MAX_POLLED = 500
-_PROGRESS_EVERY = 128  # records
-_CLOCK_SKEW_MS = 600_000  # between the worker that dates a letter and the broker that appends it
-
-
-class Span(NamedTuple):
-    """Offsets of one partition: the first to read, and the one after the last."""
-
-    start: int
-    end: int
+_CLOCK_SKEW_US = 600_000_000  # between the worker that dates a letter and the broker's append
 
 
 def read_index(
@@ -71,28 +53,14 @@ def snapshot(settings: Settings, selection: Selection = EVERYTHING) -> dict[Plac
 
     Raises as ``read_index`` does.
     """
-    lanes = selected_lanes(settings, selection)
-    num_partitions = check_kafka(settings, [lane.dlq_topic for lane in lanes])
-    partitions = {
-        TopicPartition(lane.dlq_topic, number): (lane.name, number)
-        for lane in lanes
-        for number in range(num_partitions[lane.dlq_topic])
-    }
-    admin = make_admin(settings)
-    begin = list_offsets(admin, settings, partitions, latest=False)
-    end = list_offsets(admin, settings, partitions, latest=True)
+    lane_of = {lane.dlq_topic: lane.name for lane in selected_lanes(settings, selection)}
+    since_us = None if selection.since_us is None else selection.since_us - _CLOCK_SKEW_US
     spans = {
-        place: Span(begin[one.topic, one.partition], end[one.topic, one.partition])
-        for one, place in partitions.items()
+        (lane_of[topic], partition): span
+        for (topic, partition), span in spans_between(settings, [*lane_of], since_us).items()
     }
-    if selection.since_us is not None:
-        later = _offsets_since(settings, list(partitions), selection.since_us)
-        for one, place in partitions.items():
-            first = later[one.topic, one.partition]
-            start, stop = spans[place]
-            spans[place] = Span(stop if first == OFFSET_END else max(start, first), stop)
     if selection.ids:
-        spans = {
+        return {
             place: Span(max(spans[place].start, first), spans[place].end)
             for place, first in _first_offsets(selection.ids).items()
             if place in spans
@@ -113,112 +81,20 @@ def _first_offsets(ids: Collection[LetterId]) -> dict[Place, int]:
     return first
 
 
-def _offsets_since(
-    settings: Settings, partitions: list[TopicPartition], since_us: int
-) -> Mapping[tuple[str, int], int]:
-    appended_ms = max(0, since_us // 1000 - _CLOCK_SKEW_MS)
-    wanted = [TopicPartition(one.topic, one.partition, appended_ms) for one in partitions]
-    consumer = _consumer(settings)
-    try:
-        found = ask_broker(
-            lambda: consumer.offsets_for_times(wanted, timeout=settings.kafka.timeout_s),
-            "which offsets follow a time",
-            settings,
-        )
-    finally:
-        consumer.close()
-    return {(one.topic, one.partition): one.offset for one in found}
-
-
-def _consumer(settings: Settings) -> Consumer:
-    consumer: Consumer = make_client(
-        Consumer,
-        client_config(
-            settings,
-            defaults={
-                "group.id": "tapeline-dlq",  # librdkafka wants one; nothing is joined or committed
-                "queued.max.messages.kbytes": 65_536,
-                "fetch.queue.backoff.ms": 10,
-            },
-            required={
-                "enable.auto.commit": False,
-                "enable.partition.eof": True,
-                "isolation.level": "read_committed",
-                "auto.offset.reset": "earliest",
-            },
-        ),
-    )
-    return consumer
-
-
 def read_records(
     settings: Settings, spans: Mapping[Place, Span], progress: ShowProgress | None = None
 ) -> Iterator[Record]:
     """Letters, receipts and strangers of the spans. Raises as ``read_index`` does."""
     codec = Codec(settings.schema_registry)
     lane_of = {settings.lane(lane).dlq_topic: lane for lane, _ in spans}
-    for message in _messages(settings, spans, progress):
+    by_topic = {
+        (settings.lane(lane).dlq_topic, partition): span
+        for (lane, partition), span in spans.items()
+    }
+    for message in read_spans(settings, by_topic, progress):
         id = LetterId(
             lane_of[message.topic() or ""], message.partition() or 0, message.offset() or 0
         )
         headers = message_headers(message)
         appended_us = message.timestamp()[1] * 1000
         yield classify(codec, id, message.key(), message.value(), headers, appended_us)
-
-
-def _messages(
-    settings: Settings, spans: Mapping[Place, Span], progress: ShowProgress | None = None
-) -> Iterator[Message]:
-    """Every record of the spans. A partition ends at the broker's word, not by a count.
-
-    Offsets have gaps: transaction markers, aborted records, what retention took.
-    """
-    ends = {
-        (settings.lane(lane).dlq_topic, partition): span
-        for (lane, partition), span in spans.items()
-        if span.start < span.end
-    }
-    if not ends:
-        return
-    num_offsets = sum(span.end - span.start for span in ends.values())
-    position = {where: span.start for where, span in ends.items()}
-    unfinished = set(ends)
-    consumer = _consumer(settings)
-    try:
-        consumer.assign([TopicPartition(*where, offset) for where, offset in position.items()])
-        for number, message in enumerate(_polled(consumer, settings)):
-            where = (message.topic() or "", message.partition() or 0)
-            offset, end = message.offset() or 0, ends[where].end
-            is_record = message.error() is None
-            if is_record and position[where] <= offset < end:
-                yield message
-            position[where] = offset + is_record
-            if position[where] >= end and where in unfinished:
-                unfinished.discard(where)
-                consumer.pause([TopicPartition(*where)])
-            if progress is not None and (number % _PROGRESS_EVERY == 0 or not unfinished):
-                left = sum(max(0, ends[one].end - position[one]) for one in ends)
-                progress(num_offsets - left, num_offsets)
-            if not unfinished:
-                return
-    finally:
-        consumer.close()
-
-
-def _polled(consumer: Consumer, settings: Settings) -> Iterator[Message]:
-    """Records and ends of partitions. Raises TransientError when nothing comes any more."""
-    last_error = "no answer"
-    deadline_s = time.monotonic() + settings.kafka.timeout_s
-    while True:
-        for message in consume_ready(consumer, _MAX_POLLED, _POLL_S):
-            error = message.error()
-            if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                last_error = error.str()
-                continue
-            yield message
-            deadline_s = time.monotonic() + settings.kafka.timeout_s
-        if time.monotonic() >= deadline_s:
-            raise TransientError(
-                f"the broker at {settings.kafka.bootstrap_servers} gave no dead letters for "
-                f"{settings.kafka.timeout_s:g} s ({last_error}); look at its health, then try again"
-            )

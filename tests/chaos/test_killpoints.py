@@ -40,7 +40,9 @@ def test_boundaries_are_found_in_the_code() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("delivery", DELIVERIES)
 def test_a_worker_may_die_at_every_boundary(ground: Ground, delivery: Delivery) -> None:
-    """Boundaries that both deliveries pass are dealt out between them: each kills once."""
+    """Each kills once: boundaries that both deliveries pass are dealt out between them, and the
+    sides among the boundaries.
+    """
     _die_everywhere(ground, delivery, _is_dealt_to)
 
 
@@ -52,10 +54,9 @@ def test_a_worker_may_die_at_every_boundary_in_each(ground: Ground, delivery: De
 
 
 def _is_dealt_to(delivery: Delivery, boundary: Boundary, side: Side) -> bool:
-    if boundary.file in _OUTLETS:
-        return True
-    turn = boundaries().index(boundary) + (side == "after")
-    return DELIVERIES[turn % len(DELIVERIES)] == delivery
+    turn = boundaries().index(boundary)
+    is_mine = boundary.file in _OUTLETS or DELIVERIES[turn % len(DELIVERIES)] == delivery
+    return is_mine and side == ("before", "after")[turn // len(DELIVERIES) % 2]
 
 
 def _die_everywhere(

@@ -1,0 +1,1 @@
+"""Recorded events, from files or a topic, as what ``inference.training`` learns from."""
