@@ -13,19 +13,21 @@ def planted_tape(
     num_rows: int = 1_500,
     *,
     seed: int = 0,
+    channel: int = IMBALANCE,
     signal: float = 1.0,
     num_steps: int = 8,
     num_channels: int = 50,
     num_runs: int = 1,
 ) -> Tape:
-    """Mids go where channel 43 points, ``signal`` of the time; the other channels are noise."""
+    """Mids go where one channel points, ``signal`` of the time; the other channels are noise."""
     chance = np.random.default_rng(seed)
     rows = chance.standard_normal((num_rows, num_channels)).astype(np.float32)
-    # The imbalance turns every few rows, so that the next ten mids mostly follow it.
-    pull = np.repeat(chance.choice([-1.0, 1.0], num_rows), 10)[:num_rows]
-    rows[:, IMBALANCE] = pull + 0.1 * chance.standard_normal(num_rows)
+    # The pull stays for ten rows, so that what comes next mostly follows it.
+    pull = np.repeat(chance.choice([-1.0, 0.0, 1.0], num_rows), 10)[:num_rows]
+    rows[:, channel] = pull + 0.1 * chance.standard_normal(num_rows)
     follows = chance.random(num_rows) < signal
-    steps = np.where(follows, pull, chance.choice([-1.0, 1.0], num_rows))
+    steps = np.where(follows, pull, chance.choice([-1.0, 0.0, 1.0], num_rows))
+    steps += 0.05 * chance.standard_normal(num_rows)
     mids = 1_000 + np.concatenate([[0], np.cumsum(steps)[:-1]])  # a row comes before its move
     return Tape(
         rows=rows,

@@ -123,7 +123,7 @@ def train(
         baselines=fitted,
         test=_judge(
             engine, parts.test, fitted, horizons, parts.thresholds_bps, origin.channels_version
-        ),  # fmt: skip
+        ),
         channels=distributions(tape.rows[sample.ends]),
         outputs=distributions(outputs_of(engine, sample)),
     )

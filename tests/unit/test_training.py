@@ -37,7 +37,8 @@ MAJORITY_F1 = 0.3  # of three classes one has an F1 above 0, and it is below 0.7
 
 @pytest.fixture(scope="module")
 def parts() -> Split:
-    return split(planted_tape(4_000), HORIZONS, (0.6, 0.15))
+    """The signal is in a channel that no baseline looks at."""
+    return split(planted_tape(4_000, channel=7), HORIZONS, (0.6, 0.15))
 
 
 def trainer(parts: Split, options: TrainingOptions = OPTIONS, path: Path | None = None) -> Trainer:
@@ -65,8 +66,7 @@ def test_it_learns_what_is_there(parts: Split, tmp_path: Path) -> None:
         assert report.macro_f1.low > 0.6
         assert report.baselines["majority"].model_ahead.low > 0
         assert report.baselines["majority"].macro_f1.value < MAJORITY_F1
-        # The planted signal is the imbalance itself, so that its regression finds it, too.
-        assert report.baselines["imbalance"].macro_f1.low > MAJORITY_F1
+        assert report.baselines["imbalance"].model_ahead.low > 0
         assert report.by_symbol.keys() == {"venue:S0"}
     assert record.parts["test"].num_windows == len(parts.test)
     assert "beats" in verdict(record.test)
@@ -195,7 +195,8 @@ def test_an_interval_is_wider_where_neighbours_are_alike() -> None:
     assert widths[1] > 3 * widths[0]
 
 
-def test_baselines_are_for_other_tapes_too(parts: Split) -> None:
+def test_baselines_are_for_other_tapes_too() -> None:
+    parts = split(planted_tape(4_000), HORIZONS, (0.6, 0.15))
     fitted = fit_baselines(parts.train, CHANNELS)
     other = planted_tape(500, seed=9)
     part = Part(other, other.ends(), np.zeros((len(other.ends()), 2), np.int8))
@@ -215,9 +216,9 @@ def test_drift_is_seen_and_none_where_there_is_none(parts: Split) -> None:
     origin = Origin("planted", "1", CHANNELS, ("a tape",))
     options = replace(OPTIONS, epochs=1)
     artifact = train(parts, TINY, HORIZONS, options, origin, SETTINGS)
-    same = drift_on(artifact, planted_tape(4_000, seed=8), SETTINGS)
+    same = drift_on(artifact, planted_tape(4_000, seed=8, channel=7), SETTINGS)
     assert max(same.channels.values()) < NOTABLE
-    moved = planted_tape(4_000, seed=8)
+    moved = planted_tape(4_000, seed=8, channel=7)
     moved.rows[:, 3] += 2
     other = drift_on(artifact, moved, SETTINGS)
     assert max(other.channels, key=lambda name: other.channels[name]) == "channel 3"
