@@ -36,7 +36,9 @@ class TrainingOptions:
         learning_rate, weight_decay: AdamW's; the rate falls to 0 along a half cosine.
         precision: of the layers, where autocast has it; weights stay float32.
         stride: every so many-th window of the training part. Neighbours are nearly alike.
-        balanced: each class weighs alike in the loss, however rare it is.
+        balance: classes weigh by their frequency to the power of minus this in the loss. At 0
+            scores are honest probabilities and a rare class is hardly ever the likeliest; at 1 all
+            classes weigh alike, and a rare one is guessed too often.
     """
 
     epochs: int = 10
@@ -47,7 +49,7 @@ class TrainingOptions:
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     stride: int = 1
-    balanced: bool = True
+    balance: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Trainer:
         self._validation = _OnDevice(validation, device)
         self.network = build_network(config, normalisation).to(device)
         self._probe = nn.Linear(config.num_features, config.num_scores).to(device)
-        self._weights = _class_weights(self._train.labels, balanced=options.balanced)
+        self._weights = _class_weights(self._train.labels, options.balance)
         parameters = [*self.network.parameters(), *self._probe.parameters()]
         self._optimizer = torch.optim.AdamW(
             parameters, options.learning_rate, weight_decay=options.weight_decay
@@ -284,15 +286,14 @@ class _OnDevice:
         """Windows (n, C, T) and labels (n, H)."""
         places = torch.from_numpy(chosen).to(self._ends.device)
         steps = self._ends[places, None] + self._steps
-        return self._rows[steps].transpose(1, 2).contiguous(), self.labels[places]
+        return self._rows[steps].transpose(1, 2), self.labels[places]
 
 
-def _class_weights(labels: Tensor, *, balanced: bool) -> Tensor:
+def _class_weights(labels: Tensor, balance: float) -> Tensor:
     """Of each class of each horizon, (H, 3), their mean over the windows 1."""
     counts = torch.stack([(labels == kind).sum(dim=0) for kind in range(len(CLASSES))], dim=1)
-    if not balanced:
-        return torch.ones_like(counts, dtype=torch.float32)
-    return counts.sum(dim=1, keepdim=True) / (len(CLASSES) * counts.clamp(min=1))
+    weights = counts.clamp(min=1).float() ** -balance
+    return weights * counts.sum(dim=1, keepdim=True) / (weights * counts).sum(dim=1, keepdim=True)
 
 
 def _chunks(num: int) -> Iterator[Ints]:

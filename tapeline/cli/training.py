@@ -82,6 +82,12 @@ def train(
     stride: Annotated[
         int, typer.Option(min=1, help="Train on every so many-th window: neighbours are alike.")
     ] = 1,
+    balance: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Weight of rare classes: 0 as rare as they are, 1 all alike."
+        ),
+    ] = 0.5,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: autocast.")] = "fp32",
     seed: Annotated[int, typer.Option()] = 0,
     name: Annotated[str | None, typer.Option(help="Of the model; else the folder's.")] = None,
@@ -113,6 +119,7 @@ def train(
         seed=seed,
         precision=precision,
         stride=stride,
+        balance=balance,
     )
     if fi2010_test:
         parts, channels_version = _fi2010(

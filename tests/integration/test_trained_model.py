@@ -26,7 +26,7 @@ MakeSettings = Callable[..., Settings]
 LANE = "realtime"
 HORIZONS = (3, 5)
 TINY = ModelConfig(conv_channels=(8,), lstm_hidden=8, lstm_layers=1, num_features=4)
-NUM_EVENTS = 900
+NUM_EVENTS = 1_200
 
 
 def test_what_serves_gives_the_trainer_s_scores(
@@ -35,11 +35,11 @@ def test_what_serves_gives_the_trainer_s_scores(
     """Recorded from the topic, trained, and served on the same events: within 1e-5."""
     settings = make_settings(model={"max_batch": 32, "device": "cpu"})
     ensure_topics(settings)
-    events = book_events(NUM_EVENTS, symbols=3)
+    events = book_events(NUM_EVENTS, symbols=2)
     # What comes again, and what is no event, is no window of the tape either.
     produce(settings, [*events[:300], *events[280:320], *events[300:]], LANE)
     tape = record_lane(settings, LANE)
-    parts = split(tape, HORIZONS, (0.5, 0.2))
+    parts = split(tape, HORIZONS, (0.4, 0.3))
     options = TrainingOptions(epochs=2, batch_size=64)
     origin = Origin("served", "1", "market50-v1", ("a lane",))
     save_artifact(train(parts, TINY, HORIZONS, options, origin, settings.model), tmp_path / "model")
@@ -56,7 +56,7 @@ def test_what_serves_gives_the_trainer_s_scores(
             strict=True,
         )
     }
-    assert len(of_trainer) == NUM_EVENTS - 3 * 59
+    assert len(of_trainer) == NUM_EVENTS - 2 * 59
     with running_worker(settings, engine) as worker:
         worker.wait_until_ended(LANE, NUM_EVENTS + 40)
         served = features(settings, limit=len(of_trainer))
