@@ -130,14 +130,27 @@ def train(
     return artifact.with_card(model_card(artifact, record), record.model_dump_json().encode())
 
 
-def judge_on(artifact: Artifact, tape: Tape, settings: ModelSettings) -> tuple[HorizonReport, ...]:
-    """A trained artifact on another tape, by the thresholds and the baselines of its training."""
+def judge_on(
+    artifact: Artifact, tape: Tape, settings: ModelSettings, *, later: bool = False
+) -> tuple[HorizonReport, ...]:
+    """A trained artifact on another tape, by the thresholds and the baselines of its training.
+
+    Args:
+        later: only on windows that begin after its training and validation parts, whatever symbol
+            they are of: symbols move together.
+
+    Raises ConfigError: no record of a training, another window, nothing to judge.
+    """
     record = training_record(artifact)
     part = labelled(_fitting(artifact, tape), record.horizons, record.thresholds_bps)
+    if later:
+        begins_us = tape.times_us[part.ends - tape.num_steps + 1]
+        part = part.those(begins_us > record.parts["validation"].to_us)
     if not (part.labels >= 0).any():
         raise ConfigError(
             f"no window of {tape.num_steps} events on these tapes has a label at "
-            f"{max(record.horizons)} events; give longer tapes, with quotes or books"
+            f"{max(record.horizons)} events; give longer{' and later' * later} tapes, with quotes "
+            "or books"
         )
     engine = build_engine(artifact, settings)
     return _judge(

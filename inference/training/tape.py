@@ -76,6 +76,10 @@ class Part:
         """Each ``stride``-th window."""
         return Part(self.tape, self.ends[::stride], self.labels[::stride])
 
+    def those(self, chosen: NDArray[np.bool_]) -> "Part":
+        """The chosen windows, bool (n,)."""
+        return Part(self.tape, self.ends[chosen], self.labels[chosen])
+
     @property
     def between_us(self) -> tuple[int, int]:
         """Event times of the first and the last window."""

@@ -41,11 +41,11 @@ class TrainingOptions:
             classes weigh alike, and a rare one is guessed too often.
     """
 
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    patience: int = 3
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.1
+    patience: int = 2
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     stride: int = 1

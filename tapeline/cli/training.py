@@ -72,13 +72,13 @@ def train(
     ] = None,
     train_share: Annotated[float, typer.Option(min=0.05, max=0.9)] = 0.6,
     validation_share: Annotated[float, typer.Option(min=0.02, max=0.5)] = 0.15,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    epochs: Annotated[int, typer.Option(min=1)] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 256,
-    rate: Annotated[float, typer.Option(help="AdamW's learning rate, at first.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(min=0)] = 1e-2,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate, at first.")] = 3e-4,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.1,
     patience: Annotated[
         int, typer.Option(min=0, help="So many epochs may pass without a lower validation loss.")
-    ] = 3,
+    ] = 2,
     stride: Annotated[
         int, typer.Option(min=1, help="Train on every so many-th window: neighbours are alike.")
     ] = 1,
@@ -159,6 +159,9 @@ def evaluate(
     format: FormatOption = None,
     symbol: SymbolOption = None,
     venue: VenueOption = None,
+    later: Annotated[
+        bool, typer.Option("--later", help="Only what is later than its training and validation.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw it there, PNG or SVG; needs matplotlib.")
     ] = None,
@@ -176,7 +179,7 @@ def evaluate(
     model = load_artifact(artifact)
     tape = _Recording(files or [], lane, since, until, format, symbol, venue).read(settings)
     with err().status("judging"):
-        reports = judge_on(model, tape, settings.model)
+        reports = judge_on(model, tape, settings.model, later=later)
     if plot:
         plot_reports(reports, model.model_version, plot)
     if json:

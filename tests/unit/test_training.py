@@ -226,6 +226,11 @@ def test_drift_is_seen_and_none_where_there_is_none(parts: Split) -> None:
     assert len(other.outputs) == 4 + 6
     reports = judge_on(artifact, planted_tape(800, seed=8), SETTINGS)
     assert [one.horizon for one in reports] == [*HORIZONS]
+    later = judge_on(artifact, planted_tape(4_000, seed=8, channel=7), SETTINGS, later=True)
+    begins = 4_000 * 0.75
+    assert later[0].num == pytest.approx(4_000 - begins, abs=30)
+    with pytest.raises(ConfigError, match="longer and later tapes"):
+        judge_on(artifact, planted_tape(800, seed=8), SETTINGS, later=True)
     with pytest.raises(ConfigError, match=r"window\.num_steps"):
         judge_on(artifact, planted_tape(100, num_steps=9), SETTINGS)
     plain = replace(artifact, training=None)
