@@ -31,8 +31,7 @@ class Appended:
     Attributes:
         full: bool, (n,): the event's window is full; else it is still warming up.
         given: bool, (n,): its window is handed out; at most what was wanted.
-        windows: float32, (k, C, T), oldest step first: one per given event. In memory the channels
-            of a step lie together.
+        windows: float32, (k, C, T), oldest step first: one per given event.
         flags: per event, GAP and OUT_OF_ORDER as they apply.
     """
 
@@ -72,9 +71,7 @@ class WindowStore:
     State belongs to (topic, partition, venue, symbol). Bounded: ``max_symbols`` a partition, the
     longest unseen leaves first. Compiles its code when it is made.
 
-    Invariant: ``values[slot]`` is a ring of rows, ``end`` the place of its symbol's next one. Rows
-    are kept as they come, one behind the other: adding one touches a few cache lines, not one for
-    each channel, and a window is two pieces of memory.
+    Invariant: ``values[slot]`` is a ring of steps, ``end`` the place of its symbol's next row.
     """
 
     def __init__(self, channels: ChannelSet, settings: WindowSettings) -> None:
@@ -90,13 +87,12 @@ class WindowStore:
         self._ends = np.zeros(0, np.int64)
         self._symbols = np.zeros(0, _SYMBOL)
         self._states = np.zeros(0, channels.state)
-        self._values = np.zeros((0, self._steps, channels.num_channels), np.float32)
+        self._values = np.zeros((0, channels.num_channels, self._steps), np.float32)
         self._floors = np.zeros((0, self._steps), np.int64)
         self._evicted_total = 0
         self._emptied_total = 0
         none = np.zeros(0, bool)
-        nothing = by_channel(self._empty_windows(0))
-        self._nothing = Appended(none, none, nothing, np.zeros(0, np.uint8))
+        self._nothing = Appended(none, none, self._empty_windows(0), np.zeros(0, np.uint8))
         self._compile()
 
     def assign(self, partition: Partition) -> None:
@@ -149,7 +145,7 @@ class WindowStore:
         windows = self._empty_windows(int(np.count_nonzero(given)))
         _write(slots, rows, floors, given, self._ends, self._values, self._floors, windows)
         self._emptied_total += int(np.count_nonzero(emptied) - np.count_nonzero(fresh))
-        return Appended(full, given, by_channel(windows), flags)
+        return Appended(full, given, windows, flags)
 
     def replay_offset(self, partition: Partition, position: int) -> int:
         """The offset from which a replay rebuilds this partition's windows, bit for bit.
@@ -209,7 +205,7 @@ class WindowStore:
         return self._free.pop()
 
     def _empty_windows(self, num_windows: int) -> NDArray[np.float32]:
-        return np.empty((num_windows, self._steps, self.channels.num_channels), np.float32)
+        return np.empty((num_windows, self.channels.num_channels, self._steps), np.float32)
 
     def _grow(self) -> None:
         """Doubles the slots, from 64 on. The new ones take no memory before they are used."""
@@ -221,11 +217,6 @@ class WindowStore:
         self._floors = _longer(self._floors, added)
         self._ends = _longer(self._ends, added)
         self._free += range(old + added - 1, old - 1, -1)
-
-
-def by_channel(windows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Windows of rows, (k, T, C), as the model knows them, (k, C, T): the same memory."""
-    return windows.transpose(0, 2, 1)
 
 
 def _longer(array: NDArray[T], added: int) -> NDArray[T]:
@@ -291,20 +282,23 @@ def _write(
     all_floors: Ints,
     windows: NDArray[np.float32],
 ) -> None:
-    """Adds the rows, and copies the windows that are given, (k, T, C)."""
-    num_steps, num_channels = values.shape[1], values.shape[2]
-    size = num_steps * num_channels
+    """Adds the rows, and copies the windows that are given."""
+    num_channels, num_steps = values.shape[1], values.shape[2]
     place = 0
     for index in range(len(slots)):
         slot = slots[index]
         end = ends[slot]
-        values[slot, end] = rows[index]
+        ring = values[slot]
+        for channel in range(num_channels):
+            ring[channel, end] = rows[index, channel]
         all_floors[slot, end] = floors[index]
         begin = end + 1 if end + 1 < num_steps else 0
         ends[slot] = begin
         if given[index]:
-            ring, window = values[slot].reshape(size), windows[place].reshape(size)
-            cut = begin * num_channels
-            window[: size - cut] = ring[cut:]
-            window[size - cut :] = ring[:cut]
+            window, num_older = windows[place], num_steps - begin
             place += 1
+            for channel in range(num_channels):
+                for step in range(num_older):
+                    window[channel, step] = ring[channel, begin + step]
+                for step in range(begin):
+                    window[channel, num_older + step] = ring[channel, step]

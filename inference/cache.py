@@ -105,7 +105,7 @@ class FeatureCache:
 
     def key_of(self, window: NDArray[np.float32], model_version: str) -> bytes:
         """16 bytes that stand for this window under this model version."""
-        content = np.ascontiguousarray(window.T).data  # no copy of what a worker has
+        content = np.ascontiguousarray(window).data
         identity = _identity(model_version, self._channels_version)
         return hashlib.blake2b(content, digest_size=_KEY_BYTES, key=identity).digest()
 

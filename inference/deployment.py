@@ -1,6 +1,7 @@
 """The model on Ray Serve: one call carries a whole micro-batch."""
 
 import asyncio
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from inference.engine import EngineStatistics
 from inference.hosted import host_models
 from inference.metrics import ModelCollector
 from inference.redeploy import MODEL_NAME, with_version
-from inference.shared import BlockName, Mappings, Written, windows_in
+from inference.shared import BlockName, Mappings, Written
 from schemas.autoscale import CAPACITY_METRIC
 from schemas.errors import ConfigError
 from schemas.exposition import Target, expose
@@ -99,7 +100,8 @@ class FeatureModel:
         floats = self._mappings.open(name)
         if floats is None:
             return None
-        inference = self._models.infer(windows_in(floats, shape), model_version)
+        windows = floats[: math.prod(shape)].reshape(shape)
+        inference = self._models.infer(windows, model_version)
         return Written.over(floats, inference) or inference
 
 

@@ -150,8 +150,7 @@ class Network(nn.Module):
     def logits(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, F), and the scores before their activation (B, S): what training asks."""
         normalised = ((windows - self.mean) / self.scale).clamp(-self.clip, self.clip)
-        # A worker's windows have the channels of a step together; layers choose kernels by layout.
-        outputs = self.encode(normalised.to(self._dtype).contiguous()).float()
+        outputs = self.encode(normalised.to(self._dtype)).float()
         features, logits = outputs.tensor_split((self.config.num_features,), dim=1)
         return features, logits
 

@@ -31,25 +31,17 @@ class Pass(Protocol):
 
 
 class _Staging:
-    """Rows in the host's memory, padded with zeros: nothing of an earlier call is left in them.
-
-    The channels of a step lie together, as in a worker's windows, so that filling is one copy.
-    """
+    """Rows in the host's memory, padded with zeros: nothing of an earlier call is left in them."""
 
     def __init__(self, model: Network, num_rows: int, *, pinned: bool = False) -> None:
-        shape = (num_rows, model.config.num_steps, model.config.num_channels)
+        shape = (num_rows, model.config.num_channels, model.config.num_steps)
         self.tensor = torch.zeros(shape, pin_memory=pinned)
         self.num_filled = 0
-
-    @property
-    def windows(self) -> Tensor:
-        """(B, C, T)."""
-        return self.tensor.transpose(1, 2)
 
     def fill(self, windows: NDArray[np.float32]) -> None:
         """Torch copies: it uses its threads, numpy one."""
         num_rows = len(windows)
-        self.tensor[:num_rows].copy_(_as_tensor(windows).transpose(1, 2))
+        self.tensor[:num_rows].copy_(_as_tensor(windows))
         self.tensor[num_rows : self.num_filled].zero_()
         self.num_filled = num_rows
 
@@ -66,7 +58,7 @@ class EagerPass:
     @torch.inference_mode()
     def begin(self, windows: NDArray[np.float32]) -> None:
         self._staging.fill(windows)
-        self._outputs = torch.cat(self._model(self._staging.windows.to(self._device)), dim=1).cpu()
+        self._outputs = torch.cat(self._model(self._staging.tensor.to(self._device)), dim=1).cpu()
 
     def finish(self) -> NDArray[np.float32]:
         assert self._outputs is not None
@@ -113,7 +105,7 @@ class GraphPass:
 
     def _run(self, model: Network) -> None:
         self._rows.copy_(self._staging.tensor, non_blocking=True)
-        outputs = torch.cat(model(self._rows.transpose(1, 2)), dim=1)
+        outputs = torch.cat(model(self._rows), dim=1)
         self._outputs.copy_(outputs, non_blocking=True)
 
 

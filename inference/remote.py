@@ -52,9 +52,7 @@ class ServeInferencer:
             if inference is not None:
                 return inference
             self._share_from_s = time.monotonic() + _BY_VALUE_S
-        # Ray passes on what is contiguous as it is, and copies the rest with care and twice.
-        plain = np.ascontiguousarray(windows)
-        by_value: Inference = await self._call(self._handle.infer, plain, model_version)
+        by_value: Inference = await self._call(self._handle.infer, windows, model_version)
         return by_value
 
     async def _infer_shared(
@@ -62,7 +60,7 @@ class ServeInferencer:
     ) -> Inference | None:
         """None: the replica that Serve chose cannot see this process's memory."""
         block = self._blocks.take(windows.nbytes)
-        block.write(windows)
+        np.copyto(block.floats[: windows.size].reshape(windows.shape), windows)
         answer = await self._call(
             self._direct.infer_shared, block.name, windows.shape, model_version
         )

@@ -9,7 +9,6 @@ one container or in none. Elsewhere ``Mappings.open`` finds nothing, and windows
 """
 
 import fcntl
-import math
 import mmap
 import os
 import secrets
@@ -62,21 +61,9 @@ class Block:
         self.name = BlockName(os.getpid(), self._descriptor, token)
         self.floats = _floats(self._descriptor)
 
-    def write(self, windows: NDArray[np.float32]) -> None:
-        """(B, C, T), to the block's beginning, the channels of a step together."""
-        steps = windows.transpose(0, 2, 1)
-        np.copyto(self.floats[: steps.size].reshape(steps.shape), steps)
-
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
-
-
-def windows_in(floats: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """What ``Block.write`` wrote: float32 ``shape``, (B, C, T)."""
-    num, num_channels, num_steps = shape
-    steps = floats[: math.prod(shape)].reshape(num, num_steps, num_channels)
-    return steps.transpose(0, 2, 1)
 
 
 class Blocks:

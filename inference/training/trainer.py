@@ -286,7 +286,7 @@ class _OnDevice:
         """Windows (n, C, T) and labels (n, H)."""
         places = torch.from_numpy(chosen).to(self._ends.device)
         steps = self._ends[places, None] + self._steps
-        return self._rows[steps].transpose(1, 2), self.labels[places]
+        return self._rows[steps].transpose(1, 2).contiguous(), self.labels[places]
 
 
 def _class_weights(labels: Tensor, balance: float) -> Tensor:
