@@ -1,12 +1,14 @@
 """Topics as they stand at one moment: no group, no commits, committed records only."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, TopicPartition
 
-from schemas.errors import TransientError
+from schemas.errors import ConfigError, TransientError
 from schemas.kafka import client_config, consume_ready, make_client
 from schemas.settings import Settings
 from tapeline.clients import ask_broker, check_kafka, list_offsets, make_admin
@@ -19,6 +21,9 @@ TopicPlace = tuple[str, int]
 _POLL_S = 0.1  # how long Ctrl-C may have to wait
 _MAX_POLLED = 500
 _PROGRESS_EVERY = 128  # records
+_BACK = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
+_US_PER_UNIT = {"s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86_400 * 10**6}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Span(NamedTuple):
@@ -56,6 +61,25 @@ def spans_between(
         stop = min(until.get(place, end), end)
         spans[place] = Span(min(max(since.get(place, 0), begins[place]), stop), stop)
     return spans
+
+
+def parse_time_us(text: str, now_us: int) -> int:
+    """An ISO time (UTC unless it names its zone), or a span back from now: 90s, 30m, 2h, 7d.
+
+    Raises ConfigError.
+    """
+    if back := _BACK.fullmatch(text):
+        return now_us - int(back[1]) * _US_PER_UNIT[back[2]]
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is no time; write it as 2024-08-08T12:00, or as a span back from now: 2h, 7d"
+        ) from None
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=UTC)
+    since_epoch = time - _EPOCH
+    return (since_epoch.days * 86_400 + since_epoch.seconds) * 10**6 + since_epoch.microseconds
 
 
 def _offsets_at(

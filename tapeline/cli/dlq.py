@@ -269,7 +269,8 @@ def _selection(
 ) -> "Selection":
     """Raises ConfigError for IDs and filters together, and for what is neither ID nor time."""
     from schemas.errors import ConfigError
-    from tapeline.dlq import LetterId, Selection, parse_time_us
+    from tapeline.dlq import LetterId, Selection
+    from tapeline.reading import parse_time_us
 
     filters = (lanes, stages, reasons, symbols, since, until)
     if ids:

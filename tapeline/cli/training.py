@@ -277,7 +277,7 @@ class _Recording:
         return tape
 
     def _read_lane(self, settings: "Settings") -> "Tape":
-        from tapeline.dlq.letters import parse_time_us
+        from tapeline.reading import parse_time_us
         from tapeline.training.tapes import record_lane
 
         now_us = time.time_ns() // 1000

@@ -21,7 +21,6 @@ from tapeline.dlq.letters import (
     Selection,
     State,
     Unreadable,
-    parse_time_us,
 )
 from tapeline.dlq.purging import Deletion, delete_closed, mark_purged
 from tapeline.dlq.reading import read_index, read_letters
@@ -42,7 +41,6 @@ __all__ = [
     "delete_closed",
     "fold",
     "mark_purged",
-    "parse_time_us",
     "read_index",
     "read_letters",
     "replay",

@@ -1,9 +1,7 @@
 """What a dead-letter topic holds: letters, receipts, strangers; and which of them are meant."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Literal, NamedTuple, Self
 
 from schemas.codec import Codec
@@ -18,10 +16,6 @@ STATE_HEADER = "dlq-state"
 Closed = Literal["replayed", "purged"]
 State = Literal["open", "replayed", "purged", "unreadable"]
 _CLOSED: Mapping[str, Closed] = {"replayed": "replayed", "purged": "purged"}
-
-_US_PER_UNIT = {"s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86_400 * 10**6}
-_SPAN = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class LetterId(NamedTuple):
@@ -193,25 +187,6 @@ class Selection:
 
 def _holds(wanted: Sequence[str], found: str) -> bool:
     return not wanted or found in wanted
-
-
-def parse_time_us(text: str, now_us: int) -> int:
-    """An ISO time (UTC unless it names its zone), or a span back from now: 90s, 30m, 2h, 7d.
-
-    Raises ConfigError.
-    """
-    if span := _SPAN.fullmatch(text):
-        return now_us - int(span[1]) * _US_PER_UNIT[span[2]]
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(
-            f"{text!r} is no time; write it as 2024-08-08T12:00, or as a span back from now: 2h, 7d"
-        ) from None
-    if time.tzinfo is None:
-        time = time.replace(tzinfo=UTC)
-    since_epoch = time - _EPOCH
-    return (since_epoch.days * 86_400 + since_epoch.seconds) * 10**6 + since_epoch.microseconds
 
 
 def _is_number(text: str) -> bool:

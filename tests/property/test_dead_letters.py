@@ -19,10 +19,10 @@ from tapeline.dlq import (
     Selection,
     Unreadable,
     fold,
-    parse_time_us,
     replayed_headers,
 )
 from tapeline.dlq.letters import Record, classify, receipt_headers
+from tapeline.reading import parse_time_us
 
 CODEC = Codec(SchemaRegistrySettings())
 DEAD = DeadLetter(b"k", b"v", (), "events", 0, 5, "l", "decode", "bad_avro", "E", "m", 1, 10**15)
