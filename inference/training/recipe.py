@@ -136,8 +136,8 @@ def judge_on(
     """A trained artifact on another tape, by the thresholds and the baselines of its training.
 
     Args:
-        later: only on windows that begin after its training and validation parts, whatever symbol
-            they are of: symbols move together.
+        later: only on windows that begin after the first window of its test part has ended: what is
+            before is known to training or validation, of whatever symbol, for they move together.
 
     Raises ConfigError: no record of a training, another window, nothing to judge.
     """
@@ -145,7 +145,7 @@ def judge_on(
     part = labelled(_fitting(artifact, tape), record.horizons, record.thresholds_bps)
     if later:
         begins_us = tape.times_us[part.ends - tape.num_steps + 1]
-        part = part.those(begins_us > record.parts["validation"].to_us)
+        part = part.those(begins_us >= record.parts["test"].from_us)
     if not (part.labels >= 0).any():
         raise ConfigError(
             f"no window of {tape.num_steps} events on these tapes has a label at "

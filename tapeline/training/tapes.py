@@ -75,7 +75,7 @@ class TapeRecorder:
             before = of_symbol.full[-1][-1] if of_symbol.full else False
             starts = full & ~np.concatenate([[before], full[:-1]])
             windows = appended.windows[window_of[those][full]]
-            of_symbol.newest.append(windows[:, :, -1])
+            of_symbol.newest.append(windows[:, :, -1].copy())  # a view would keep all of them
             of_symbol.firsts += [window.T.copy() for window in windows[starts[full]]]
             of_symbol.times_us.append(events.times_us[those])
             of_symbol.mids.append(mids[those])

@@ -1,8 +1,5 @@
 """From events on a topic to a trained model, and its scores through Kafka: the trainer's own."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import numpy as np
 import pytest
 from market import book_events
 from pipeline import features, produce, running_worker
+from typer.testing import CliRunner
 
 from inference.artifact import load_artifact, save_artifact
 from inference.engine import build_engine
@@ -19,6 +17,7 @@ from inference.training.recipe import Origin, outputs_of, train
 from inference.training.tape import Part
 from inference.training.trainer import TrainingOptions
 from schemas.settings import Settings, as_environment
+from tapeline.cli import app
 from tapeline.topics import ensure_topics
 from tapeline.training.tapes import record_lane
 
@@ -71,26 +70,19 @@ def test_what_serves_gives_the_trainer_s_scores(
     assert not of_trainer
 
 
-def test_train_optimize_promote_by_their_commands(
-    make_settings: MakeSettings, tmp_path: Path
+def test_train_judge_promote_by_their_commands(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The walk of docs/training.md, on a lane; then judged and compared on the same events."""
+    """The walk of docs/training.md, on a lane; judged and compared on the same events."""
     settings = make_settings(model={"max_batch": 16, "device": "cpu"})
     ensure_topics(settings)
     produce(settings, book_events(NUM_EVENTS, symbols=1), LANE)
-    environment = os.environ | as_environment(settings) | {"TAPELINE_MODEL__STORE": "store"}
+    monkeypatch.chdir(tmp_path)
+    environment = as_environment(settings) | {"TAPELINE_MODEL__STORE": "store"}
 
     def tapeline(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "tapeline", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=170,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
+        done = CliRunner().invoke(app, arguments, env=environment)
+        assert done.exit_code == code, done.output
         return done.stdout
 
     options = ["--small", "--epochs", "1", "--horizon", "3", "--horizon", "5", "--stride", "2"]
@@ -106,3 +98,6 @@ def test_train_optimize_promote_by_their_commands(
     tapeline("model", "drift", "mine", "--lane", LANE, "--max-index", "0", code=1)
     tapeline("model", "promote", "mine")
     assert "serves" in tapeline("model", "ls")
+    for wrong in ([], ["--lane", LANE, "tape.jsonl"], ["tape.jsonl", "--since", "2h"]):
+        tapeline("model", "train", "other", *wrong, code=2)
+    tapeline("model", "train", "mine", "--lane", LANE, code=2)

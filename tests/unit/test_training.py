@@ -304,6 +304,33 @@ def test_fi2010_is_read_as_published(tmp_path: Path) -> None:
         read_fi2010(tmp_path / "short.txt", tests, (10,), num_steps=5, validation_share=0.2)
 
 
+@pytest.mark.parametrize(
+    ("base", "precision"),
+    [
+        (ModelConfig(architecture="deeplob", num_features=4), "fp32"),
+        (
+            ModelConfig(
+                architecture="own_models:Pooled",
+                options={"num_in": 50, "num_out": 10},
+                num_features=4,
+            ),
+            "fp32",
+        ),
+        (TINY, "bf16"),
+    ],
+    ids=["deeplob", "own", "bf16"],
+)
+def test_what_is_trained_serves(parts: Split, base: ModelConfig, precision: str) -> None:
+    """The engine that judges it checks its reference windows first."""
+    origin = Origin("any", "1", CHANNELS, ("a tape",))
+    options = replace(OPTIONS, epochs=1, stride=8, precision=precision)
+    artifact = train(parts, base, HORIZONS, options, origin, SETTINGS)
+    record = training_record(artifact)
+    assert record.options["precision"] == precision
+    assert np.isfinite(record.epochs[0]["validation_loss"])
+    assert artifact.config.architecture == base.architecture
+
+
 def test_an_artifact_s_record_is_plain_json(parts: Split) -> None:
     origin = Origin("planted", "1", CHANNELS, ("a tape",))
     artifact = train(parts, TINY, HORIZONS, replace(OPTIONS, epochs=1), origin, SETTINGS)
