@@ -90,7 +90,8 @@ class Trainer:
         checkpoint: written after every epoch; if it is there already, the run goes on from it. The
             rest of such a run is bit for bit what it would have been (on a CPU).
 
-    Raises ConfigError if the checkpoint is of another run.
+    Raises ConfigError if the checkpoint is of another run, or for a network that cannot be built or
+    gives other shapes than its config says.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Trainer:
         self._device = device
         self._train = _OnDevice(train.every(options.stride), device)
         self._validation = _OnDevice(validation, device)
-        self.network = build_network(config, normalisation).to(device)
+        self.network = _built(config, normalisation).to(device)
         self._probe = nn.Linear(config.num_features, config.num_scores).to(device)
         self._weights = _class_weights(self._train.labels, options.balance)
         parameters = [*self.network.parameters(), *self._probe.parameters()]
@@ -267,6 +268,16 @@ class Trainer:
             Epoch(**{**one, "macro_f1": tuple(one["macro_f1"])})
             for one in checkpoint.state["history"]
         ]
+
+
+def _built(config: ModelConfig, normalisation: Normalisation) -> Network:
+    try:
+        network = build_network(config, normalisation)
+        with torch.inference_mode():
+            network.eval().logits(torch.zeros(2, config.num_channels, config.num_steps))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"this model cannot be trained: {error}") from error
+    return network
 
 
 class _OnDevice:

@@ -128,6 +128,26 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(parts: Split, tmp_path:
         trainer(parts, path=path)
 
 
+def test_a_network_that_does_not_fit_is_refused_before_it_is_trained(parts: Split) -> None:
+    tape = parts.train.tape
+    for architecture, options, why in (
+        ("nowhere.networks:Net", {}, "install the package"),
+        ("own_models:Pooled", {"num_in": 50, "num_out": 3}, "ask for"),
+        ("own_models:Pooled", {"num_in": 7, "num_out": 10}, "channels"),
+        ("exported", {}, "no program"),
+    ):
+        base = ModelConfig(architecture=architecture, options=options, num_features=4)
+        with pytest.raises(ConfigError, match=f"(?s)cannot be trained.*{why}"):
+            Trainer(
+                config_for(base, tape, HORIZONS),
+                fit_normalisation(tape.rows),
+                parts.train,
+                parts.validation,
+                OPTIONS,
+                device=CPU,
+            )
+
+
 def test_it_stops_when_validation_gets_no_better(parts: Split) -> None:
     noise = replace(
         parts,
