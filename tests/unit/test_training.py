@@ -283,6 +283,21 @@ def test_deeplob_has_the_published_size() -> None:
         )
 
 
+def test_deeplob_learns_what_is_in_the_book(parts: Split) -> None:
+    base = ModelConfig(architecture="deeplob", num_features=4)
+    options = TrainingOptions(epochs=9, batch_size=64, learning_rate=1e-3, patience=9)
+    one = Trainer(
+        config_for(base, parts.train.tape, HORIZONS),
+        fit_normalisation(parts.train.tape.rows),
+        parts.train,
+        parts.validation,
+        options,
+        device=CPU,
+    )
+    one.run()
+    assert min(one.history[-1].macro_f1) > 0.7
+
+
 def test_deeplob_reads_a_book_level_by_level() -> None:
     """Its first convolution sees the price and the size of one side of one level together."""
     config = ModelConfig(architecture="deeplob", num_channels=50, num_steps=1)
