@@ -67,7 +67,7 @@ def main() -> None:
     print(f"{machine}; medians of {options.rounds} rounds\n")
     print("| symbols | us an event, no window | us an event with its window | kB a symbol "
           "| of its window | s to fill all |")  # fmt: skip
-    print("| ---: |" * 1 + " ---: |" * 5)
+    print("|" + " ---: |" * 6)
     for number, one in medians.items():
         size = one["bytes_a_symbol"]
         known = f"{size / 1e3:.1f} | {size / window_bytes:.2f}" if number >= 1_000 else "- | -"

@@ -1,6 +1,7 @@
 """The model card of a trained model: what it learned from, how good it is, where that ends."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from inference.artifact import Artifact
 from inference.training.evaluation import BLOCK_S, HorizonReport
@@ -154,17 +155,17 @@ def _by(test: Sequence[HorizonReport], found: dict[int, dict[str, float]], what:
 
 
 def _training(record: TrainingRecord) -> str:
-    options = ", ".join(f"{name} {value}" for name, value in record.options.items())
+    options = ", ".join(f"{name} {value}" for name, value in asdict(record.options).items())
     epochs = _table(
         ("epoch", "training loss", "validation loss", "validation macro-F1", "windows/s", "GPU"),
         (
             (
-                f"{epoch['number']}{' (these weights)' * (epoch['number'] == record.best_epoch)}",
-                f"{epoch['train_loss']:.4f}",
-                f"{epoch['validation_loss']:.4f}",
-                ", ".join(f"{f1:.3f}" for f1 in epoch["macro_f1"]),
-                f"{epoch['windows_per_s']:,.0f}",
-                "-" if epoch["gpu"] is None else f"{epoch['gpu']:.0%}",
+                f"{epoch.number}{' (these weights)' * (epoch.number == record.best_epoch)}",
+                f"{epoch.train_loss:.4f}",
+                f"{epoch.validation_loss:.4f}",
+                ", ".join(f"{f1:.3f}" for f1 in epoch.macro_f1),
+                f"{epoch.windows_per_s:,.0f}",
+                "-" if epoch.gpu is None else f"{epoch.gpu:.0%}",
             )
             for epoch in record.epochs
         ),

@@ -131,13 +131,13 @@ def split(tape: Tape, horizons: Sequence[int], shares: tuple[float, float]) -> S
     longest = max(horizons)
     whole = ~np.isnan(moves).any(axis=1)
     ends, moves = ends[whole], moves[whole]
-    begin_us = tape.times_us[ends - tape.num_steps + 1]
-    until_us = tape.times_us[ends + longest] if len(ends) else begin_us
     if not len(ends):
         raise ConfigError(
             f"no window of {tape.num_steps} events is followed by {longest} more with a best bid "
             "and ask; give longer tapes, with quotes or books, or shorter horizons"
         )
+    begin_us = tape.times_us[ends - tape.num_steps + 1]
+    until_us = tape.times_us[ends + longest]
     first, second = np.quantile(tape.times_us[ends], np.cumsum(shares), method="lower").tolist()
     chosen = (
         until_us < first,

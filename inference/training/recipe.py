@@ -1,7 +1,7 @@
 """From a split tape to an artifact: train, judge the test part as it will serve, write it down."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +116,8 @@ def train(
             )
         },
         num_embargoed=parts.num_embargoed,
-        options=asdict(options),
-        epochs=tuple(asdict(epoch) for epoch in trainer.history),
+        options=options,
+        epochs=tuple(trainer.history),
         best_epoch=trainer.best_epoch,
         hardware=hardware(str(device)),
         baselines=fitted,

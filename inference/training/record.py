@@ -1,7 +1,6 @@
 """``training.json``: what an artifact knows of its training, for whoever judges it later."""
 
 from datetime import UTC, datetime
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -9,6 +8,7 @@ from inference.artifact import Artifact
 from inference.training.baselines import Baselines
 from inference.training.drift import Distribution
 from inference.training.evaluation import HorizonReport
+from inference.training.trainer import Epoch, TrainingOptions
 from schemas.errors import ConfigError
 
 
@@ -32,7 +32,6 @@ class TrainingRecord(BaseModel):
     Attributes:
         sources: files or topics, as they were named.
         thresholds_bps: one for each horizon; empty where labels came with the events.
-        epochs: what ``inference.training.trainer.Epoch`` holds, one after the other.
         best_epoch: the one whose weights these are.
         test: the model on the test part, by horizon.
         channels, outputs: how the newest row of the training windows was spread, by channel, and
@@ -48,8 +47,8 @@ class TrainingRecord(BaseModel):
     thresholds_bps: tuple[float, ...]
     parts: dict[str, PartRecord]
     num_embargoed: int
-    options: dict[str, Any]
-    epochs: tuple[dict[str, Any], ...]
+    options: TrainingOptions
+    epochs: tuple[Epoch, ...]
     best_epoch: int
     hardware: str
     baselines: Baselines

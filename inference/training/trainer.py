@@ -114,13 +114,13 @@ class Trainer:
         self.network = _built(config, normalisation).to(device)
         self._probe = nn.Linear(config.num_features, config.num_scores).to(device)
         self._weights = _class_weights(self._train.labels, options.balance)
-        parameters = [*self.network.parameters(), *self._probe.parameters()]
+        self._parameters = [*self.network.parameters(), *self._probe.parameters()]
         self._optimizer = torch.optim.AdamW(
-            parameters, options.learning_rate, weight_decay=options.weight_decay
+            self._parameters, options.learning_rate, weight_decay=options.weight_decay
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
         self._meter = ResourceMeter(gpu=True) if device.type == "cuda" else None
-        self._best = {key: one.clone() for key, one in self.network.state_dict().items()}
+        self._best = self._snapshot()
         self.history: list[Epoch] = []
         self._checkpoint = checkpoint
         self._fingerprint = {
@@ -159,12 +159,15 @@ class Trainer:
             epoch = self._run_epoch(len(self.history) + 1, on_batch)
             self.history.append(epoch)
             if self.best_epoch == epoch.number:
-                self._best = {key: one.clone() for key, one in self.network.state_dict().items()}
+                self._best = self._snapshot()
             if self._checkpoint:
                 self._save(self._checkpoint)
             on_epoch(epoch)
         self.network.load_state_dict(self._best)
         return self.network.eval()
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {key: one.clone() for key, one in self.network.state_dict().items()}
 
     def _run_epoch(self, number: int, on_batch: Callable[[int, int], None]) -> Epoch:
         self.network.train()
@@ -211,15 +214,14 @@ class Trainer:
         total = self._scaler.scale(loss + self._loss(guesses.float(), labels))
         total.backward()  # type: ignore[no-untyped-call]
         self._scaler.unscale_(self._optimizer)
-        parameters = [*self.network.parameters(), *self._probe.parameters()]
-        nn.utils.clip_grad_norm_(parameters, _CLIP_GRADIENTS)
+        nn.utils.clip_grad_norm_(self._parameters, _CLIP_GRADIENTS)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return loss.detach()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, mean over horizons; windows without a label do not count."""
-        groups = logits.reshape(len(logits), -1, len(CLASSES))
+        groups = _by_class(logits)
         losses = [
             functional.cross_entropy(
                 groups[:, column], labels[:, column], self._weights[column], ignore_index=UNKNOWN
@@ -237,8 +239,7 @@ class Trainer:
             windows, labels = self._validation.batch(chosen)
             _, logits = self.network.logits(windows)
             total += float(self._loss(logits, labels)) * len(chosen)
-            by_class = logits.reshape(len(logits), -1, len(CLASSES))
-            predicted.append(by_class.argmax(dim=2).cpu().numpy())
+            predicted.append(_by_class(logits).argmax(dim=2).cpu().numpy())
         return total / len(self._validation), np.concatenate(predicted)
 
     def _save(self, path: Path) -> None:
@@ -305,6 +306,11 @@ def _class_weights(labels: Tensor, balance: float) -> Tensor:
     counts = torch.stack([(labels == kind).sum(dim=0) for kind in range(len(CLASSES))], dim=1)
     weights = counts.clamp(min=1).float() ** -balance
     return weights * counts.sum(dim=1, keepdim=True) / (weights * counts).sum(dim=1, keepdim=True)
+
+
+def _by_class(logits: Tensor) -> Tensor:
+    """(n, 3 H) to (n, H, 3)."""
+    return logits.reshape(len(logits), -1, len(CLASSES))
 
 
 def _chunks(num: int) -> Iterator[Ints]:

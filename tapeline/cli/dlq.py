@@ -2,15 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tapeline.cli.letters import cut_message, iso, row_of, show_value, whole, write_raw
-from tapeline.cli.terminal import JsonOption, err, print_json, print_table, settings_of
+from tapeline.cli.terminal import JsonOption, count_progress, print_json, print_table, settings_of
 
 if TYPE_CHECKING:
     from tapeline.dlq import Index, LetterId, Selection, State
@@ -65,7 +63,7 @@ def ls(
 
     settings = settings_of(ctx)
     selection = _selection(None, lane, stage, reason, symbol, since, until)
-    with _progress("reading") as show:
+    with count_progress("reading") as show:
         index = read_index(settings, selection, show)
     entries = sorted(index, key=lambda one: (one.failed_at_us, one.id), reverse=True)
     num_letters = len(entries)
@@ -163,7 +161,7 @@ def replay(
         raise ConfigError(f"--rate {rate:g} is no rate; give letters per second, above 0")
     selection = _selection(ids, lane, stage, reason, symbol, since, until)
     _check_chosen(selection, everything, "replay")
-    with _progress("reading") as show_read:
+    with count_progress("reading") as show_read:
         index = read_index(settings, selection, show_read)
     chosen = index.ids("open", "replayed") if again else index.ids("open")
     missing = _missing(selection, index, chosen)
@@ -171,7 +169,7 @@ def replay(
     if not dry_run:
         if chosen and not yes:
             _ask(f"Replay {len(chosen):,} letters?")
-        with _progress("replaying") as show_done:
+        with count_progress("replaying") as show_done:
             report = replay_letters(
                 settings,
                 read_letters(settings, chosen),
@@ -231,7 +229,7 @@ def purge(
         raise ConfigError("purge asks before it acts, and here is nobody to ask; give --yes")
     chosen: list[LetterId] = []
     missing: list[str] = []
-    with _progress("reading") as show_read:
+    with count_progress("reading") as show_read:
         index = read_index(settings, selection, show_read)
     if marks:
         chosen = index.ids("open", "unreadable") if selection.ids else index.ids("open")
@@ -246,7 +244,7 @@ def purge(
     if not dry_run:
         result["marked"] = mark_purged(settings, chosen)
     if replayed:
-        with _progress("reading") as show_read:
+        with count_progress("reading") as show_read:
             closing = frozenset(chosen) if dry_run else frozenset()
             deletion = delete_closed(
                 settings, lanes, closing=closing, dry_run=dry_run, progress=show_read
@@ -352,23 +350,3 @@ def _summary(index: "Index") -> list[dict[str, Any]]:
         {**group._asdict(), **{state: counts[state] for state in states}}
         for group, counts in index.counts().items()
     ]
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; nothing where that is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = err()
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 _REFRESH_S = 0.1
 _POLL_EVERY = 64  # events between two looks at the clock for the progress bar
 
+FormatOption = Annotated[
+    str | None,
+    typer.Option(help="jsonl, csv, parquet, binance or lean; else by the file's name."),
+]
+SymbolOption = Annotated[str | None, typer.Option(help="For files that do not name theirs.")]
+VenueOption = Annotated[str | None, typer.Option(help="For files that do not name theirs.")]
 ShowProgress = Callable[[int], None]
 Paced = Iterable[tuple["MarketEvent", float]]
 
@@ -27,17 +33,14 @@ Paced = Iterable[tuple["MarketEvent", float]]
 def produce(
     ctx: typer.Context,
     files: Annotated[list[Path], typer.Argument(help="Tapes; several are merged by event time.")],
-    format: Annotated[
-        str | None,
-        typer.Option(help="jsonl, csv, parquet, binance or lean; else by the file's name."),
-    ] = None,
+    format: FormatOption = None,
     lane: Annotated[str, typer.Option(help="Where the events go.")] = "realtime",
     speed: Annotated[
         str, typer.Option(help="max, or a multiple of the recorded pace: 1, 10.")
     ] = "max",
     limit: Annotated[int | None, typer.Option(min=0, help="Stop after so many events.")] = None,
-    symbol: Annotated[str | None, typer.Option(help="For files that do not name theirs.")] = None,
-    venue: Annotated[str | None, typer.Option(help="For files that do not name theirs.")] = None,
+    symbol: SymbolOption = None,
+    venue: VenueOption = None,
     max_rejected: Annotated[
         int | None,
         typer.Option(min=0, help="Exit 1 if more rows are rejected. Default: any number may be."),

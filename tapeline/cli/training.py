@@ -1,7 +1,7 @@
 """``tapeline model train | evaluate | drift``: a model from recorded events, and on others."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.errors import ConfigError
-from tapeline.cli.terminal import JsonOption, cell, err, out, print_json, print_table, settings_of
+from tapeline.cli.tape import FormatOption, SymbolOption, VenueOption
+from tapeline.cli.terminal import (
+    JsonOption,
+    cell,
+    count_progress,
+    err,
+    out,
+    print_json,
+    print_table,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from inference.artifact import Artifact
@@ -34,12 +44,6 @@ SinceOption = Annotated[
     str | None, typer.Option(help="Of the lane: appended since a time (2024-08-08T12:00) or 2h.")
 ]
 UntilOption = Annotated[str | None, typer.Option(help="Of the lane: appended before then.")]
-FormatOption = Annotated[
-    str | None,
-    typer.Option(help="jsonl, csv, parquet, binance or lean; else by the file's name."),
-]
-SymbolOption = Annotated[str | None, typer.Option(help="For files that do not name theirs.")]
-VenueOption = Annotated[str | None, typer.Option(help="For files that do not name theirs.")]
 
 
 def train(
@@ -248,15 +252,16 @@ class _Recording:
 
     def read(self, settings: "Settings") -> "Tape":
         """Raises ConfigError for both or neither, and for a tape without a window."""
-        from tapeline.training.tapes import nothing_recorded
-
         if bool(self.files) == bool(self.lane):
             raise ConfigError("name files, or a lane with --lane; not both and not neither")
         if self.files and (self.since or self.until):
             raise ConfigError("--since and --until choose from a lane; files are read whole")
         tape = self._read_files(settings) if self.files else self._read_lane(settings)
         if not len(tape.rows):
-            raise nothing_recorded(tape, ", ".join(self.names))
+            raise ConfigError(
+                f"no symbol in {', '.join(self.names)} has {tape.num_steps} events in a row; give "
+                "longer tapes, or a smaller window.num_steps"
+            )
         return tape
 
     def _read_files(self, settings: "Settings") -> "Tape":
@@ -265,7 +270,7 @@ class _Recording:
 
         with (
             open_source(self.files, self.format, symbol=self.symbol, venue=self.venue) as source,
-            _reading_progress() as show,
+            count_progress("reading") as show,
         ):
             tape = record_files(
                 source, settings, lambda: show(source.bytes_read, source.total_bytes)
@@ -285,7 +290,7 @@ class _Recording:
             None if text is None else parse_time_us(text, now_us)
             for text in (self.since, self.until)
         )
-        with _reading_progress() as show:
+        with count_progress("reading") as show:
             return record_lane(
                 settings, self.lane or "", since_us=since_us, until_us=until_us, progress=show
             )
@@ -380,40 +385,21 @@ def _show_reports(reports: "tuple[HorizonReport, ...]") -> None:
 
 
 @contextmanager
-def _reading_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar by bytes or offsets; nothing where stderr is no terminal."""
-    from rich.progress import Progress
-
-    console = err()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
 def _training_progress(num_epochs: int) -> Iterator["Progress"]:
     """A bar for the epoch that runs, and a line for each that is through."""
-    from rich.progress import Progress as Bar
-
     from inference.training.recipe import Progress
 
-    console = err()
-    with Bar(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("training", total=None)
-
-        def show(epoch: "Epoch") -> None:
-            figures = ", ".join(cell(one, 3) for one in epoch.macro_f1)
-            console.print(
-                f"epoch {epoch.number} of {num_epochs}: loss {epoch.train_loss:.4f}, validation "
-                f"{epoch.validation_loss:.4f}, macro-F1 {figures}; "
-                f"{epoch.windows_per_s:,.0f} windows/s",
-                highlight=False,
-            )
-
-        yield Progress(
-            on_batch=lambda done, total: bar.update(task, completed=done, total=total),
-            on_epoch=show,
+    def show(epoch: "Epoch") -> None:
+        figures = ", ".join(cell(one, 3) for one in epoch.macro_f1)
+        err().print(
+            f"epoch {epoch.number} of {num_epochs}: loss {epoch.train_loss:.4f}, validation "
+            f"{epoch.validation_loss:.4f}, macro-F1 {figures}; "
+            f"{epoch.windows_per_s:,.0f} windows/s",
+            highlight=False,
         )
+
+    with count_progress("training") as on_batch:
+        yield Progress(on_batch=on_batch, on_epoch=show)
 
 
 def _name(file: Path) -> str:

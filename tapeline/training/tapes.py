@@ -15,12 +15,13 @@ from consumers.records import Partition
 from consumers.windows import WindowStore
 from inference.training.tape import Tape
 from schemas.codec import Codec
-from schemas.errors import ConfigError
 from schemas.kafka import message_headers
 from schemas.messages import MAX_BOOK_LEVELS
 from schemas.settings import Settings, WindowSettings
 from tapeline.reading import ShowProgress, read_spans, spans_between
 from tapeline.sources import EventSource
+
+T = TypeVar("T")
 
 _BATCH = 1024  # events at a time
 _FILES: Partition = ("files", 0)
@@ -209,17 +210,6 @@ def _is_new(seen: set[int], event_id: str) -> bool:
 def _decoder(settings: Settings) -> EventDecoder:
     check = channel_set(settings.window.channel_set).check
     return EventDecoder(Codec(settings.schema_registry), check, settings.worker.max_message_bytes)
-
-
-def nothing_recorded(tape: Tape, what: str) -> ConfigError:
-    """The error for a tape without a window."""
-    return ConfigError(
-        f"no symbol in {what} has {tape.num_steps} events in a row; give longer tapes, or a "
-        "smaller window.num_steps"
-    )
-
-
-T = TypeVar("T")
 
 
 def _in_batches(items: Iterable[T]) -> Iterator[list[T]]:

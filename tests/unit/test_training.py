@@ -361,8 +361,8 @@ def test_what_is_trained_serves(parts: Split, base: ModelConfig, precision: str)
     options = replace(OPTIONS, epochs=1, stride=8, precision=precision)
     artifact = train(parts, base, HORIZONS, options, origin, SETTINGS)
     record = training_record(artifact)
-    assert record.options["precision"] == precision
-    assert np.isfinite(record.epochs[0]["validation_loss"])
+    assert record.options.precision == precision
+    assert np.isfinite(record.epochs[0].validation_loss)
     assert artifact.config.architecture == base.architecture
 
 
