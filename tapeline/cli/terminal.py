@@ -80,8 +80,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
 
 
 @contextmanager
-def count_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, told how much of how much is done; nothing where that is no terminal."""
+def count_progress(
+    what: str, console: "Console | None" = None
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, told how much of how much is done; nothing where that is no terminal.
+
+    Args:
+        console: what is printed on it meanwhile stands above the bar.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -91,7 +97,7 @@ def count_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = err()
+    console = console or err()
     with Progress(
         *columns, console=console, disable=not console.is_terminal, transient=True
     ) as progress:

@@ -389,16 +389,18 @@ def _training_progress(num_epochs: int) -> Iterator["Progress"]:
     """A bar for the epoch that runs, and a line for each that is through."""
     from inference.training.recipe import Progress
 
+    console = err()
+
     def show(epoch: "Epoch") -> None:
         figures = ", ".join(cell(one, 3) for one in epoch.macro_f1)
-        err().print(
+        console.print(
             f"epoch {epoch.number} of {num_epochs}: loss {epoch.train_loss:.4f}, validation "
             f"{epoch.validation_loss:.4f}, macro-F1 {figures}; "
             f"{epoch.windows_per_s:,.0f} windows/s",
             highlight=False,
         )
 
-    with count_progress("training") as on_batch:
+    with count_progress("training", console) as on_batch:
         yield Progress(on_batch=on_batch, on_epoch=show)
 
 
