@@ -169,13 +169,17 @@ def produce(settings: Settings, events: Iterable[MarketEvent], lane: str) -> int
 
 
 def features(
-    settings: Settings, limit: int | None = None, idle_timeout_s: float = 3
+    settings: Settings, limit: int | None = None, idle_timeout_s: float | None = None
 ) -> list[FeatureRecord]:
-    """Everything on the output topics: ``limit`` of it, or until nothing comes any more."""
+    """``limit`` of what is on the output topics, no fewer; or all, until nothing comes."""
+    if idle_timeout_s is None:
+        idle_timeout_s = 3 if limit is None else LONG_S
     with FeatureSubscriber(
         settings, start="earliest", limit=limit, idle_timeout_s=idle_timeout_s
     ) as subscriber:
-        return list(subscriber.records())
+        received = list(subscriber.records())
+    assert limit is None or len(received) == limit, f"{len(received)} of {limit} features came"
+    return received
 
 
 def assert_once_and_in_order(records: Iterable[FeatureRecord]) -> None:

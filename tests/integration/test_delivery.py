@@ -88,9 +88,9 @@ def test_an_aborted_transaction_begins_again_at_the_last_commit(
     events = tape(2_000)
     with running_worker(settings, engine) as worker:
         produce(settings, events[:1_000], "realtime")
-        features(settings, owed(events[:1_000]), idle_timeout_s=20)
+        features(settings, owed(events[:1_000]))
         produce(settings, events[1_000:], "realtime")
-        received = features(settings, owed(events), idle_timeout_s=20)
+        received = features(settings, owed(events))
         statistics = wait_until(
             lambda: all(not one.lag for one in lane_lags(settings)) and worker.statistics(),
             LONG_S,
@@ -105,7 +105,7 @@ def test_an_aborted_transaction_begins_again_at_the_last_commit(
     smooth = make_settings()
     with running_worker(smooth, engine):
         produce(smooth, events, "realtime")
-        expected = features(smooth, owed(events), idle_timeout_s=20)
+        expected = features(smooth, owed(events))
     bits = {one.feature.event_id: one.feature.features.tobytes() for one in expected}
     assert {one.feature.event_id: one.feature.features.tobytes() for one in received} == bits
 
@@ -118,9 +118,9 @@ def test_transactions_carry_the_replay_offset(make_settings: MakeSettings, engin
     events = tape(400, num_symbols=2)
     with running_worker(settings, engine):
         produce(settings, events[:300], "realtime")
-        features(settings, owed(events[:300]), idle_timeout_s=20)
+        features(settings, owed(events[:300]))
         produce(settings, events[300:], "realtime")
-        features(settings, owed(events), idle_timeout_s=20)
+        features(settings, owed(events))
     (lag,) = lane_lags(settings, [settings.lane("realtime")])
     assert lag.committed == 400
     assert lag.replay_from is not None
@@ -140,7 +140,7 @@ def test_of_two_workers_with_one_name_the_older_is_fenced(
         produce(settings, events[600:], "realtime")
         with pytest.raises(TapelineError, match=r"the-same is fenced .*worker\.instance_id"):
             wait_until(lambda: not old.is_alive, LONG_S, "the older one to end") and old.join()
-        received = features(settings, owed(events), idle_timeout_s=20)
+        received = features(settings, owed(events))
     assert len(received) == owed(events)
     assert_once_and_in_order(received)
 
@@ -176,7 +176,7 @@ def test_workers_come_and_go(
             produce(settings, events[2_000:2_500], "realtime")
         assert second.statistics().num_undrained == 0
         produce(settings, events[2_500:], "realtime")
-        received = features(settings, owed(events), idle_timeout_s=20)
+        received = features(settings, owed(events))
     assert len(received) == owed(events)
     assert_once_and_in_order(received)
     assert second.statistics().lanes["realtime"].records > 0, "the second one had work"
@@ -199,7 +199,7 @@ def test_a_static_member_is_back_without_a_rebalance(
         leaves.stop()
         with running_worker(settings, engine) as back:
             produce(settings, events[700:], "realtime")
-            received = features(settings, owed(events), idle_timeout_s=20)
+            received = features(settings, owed(events))
             assert back.statistics().num_partitions == 10
             assert stays.statistics().num_partitions == 10
     assert len(received) == owed(events)
@@ -228,7 +228,7 @@ def test_of_two_static_members_with_one_name_one_ends(
     with pytest.raises(TapelineError, match="start this worker again"):
         ended.join()
     produce(settings, events, "realtime")
-    assert len(features(settings, owed(events), idle_timeout_s=20)) == owed(events)
+    assert len(features(settings, owed(events))) == owed(events)
     lives.stop()
 
 

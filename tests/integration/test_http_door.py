@@ -75,7 +75,7 @@ def test_the_door_answers_with_the_engine_s_bits_and_the_latest_features(
         assert ask(f"/v1/features/SIM/{symbol}")[0] == 404
         events = list(simulate(symbols=[symbol], seed=1, start_time_us=10**15, num_events=100))
         produce(settings, events, "realtime")
-        last = features(settings, 41, idle_timeout_s=60)[-1].feature
+        last = features(settings, 41)[-1].feature
         path = f"/v1/features/{last.venue}/{last.symbol}"
         wait_until(
             lambda: json.loads(ask(path)[1]).get("event_id") == events[-1].event_id,

@@ -279,7 +279,7 @@ def test_features_after_a_restart_are_bit_identical(
         with worker_process(rough, artifact, log) as process:
             produce(rough, part[:1_500], "realtime")
             # In the middle of this part, with more on its way; a worker that dies is seen, too.
-            seen = features(rough, num_features + 700, idle_timeout_s=20)
+            seen = features(rough, num_features + 700)
             assert process.poll() is None, log.read_text()[-2_000:]
             assert len(seen) == num_features + 700
             produce(rough, part[1_500:], "realtime")
@@ -369,7 +369,7 @@ def test_a_trace_travels_from_the_event_to_its_feature(
         with MarketEventProducer(settings) as producer:
             for event in events:
                 producer.produce(event, headers=[trace])
-        (record,) = features(settings, 1, idle_timeout_s=LONG_S)
+        (record,) = features(settings, 1)
     assert trace in record.headers
     assert record.source_appended_us is not None
     assert 0 <= record.latency_us < LONG_S * 1e6
@@ -408,7 +408,7 @@ def test_a_model_that_stays_away_ends_the_worker_and_loses_nothing(
     with pytest.raises(TransientError, match="the model is gone"):
         failing.join()
     with running_worker(settings, small_engine) as worker:
-        received = features(settings, 300 - 59, idle_timeout_s=20)
+        received = features(settings, 300 - 59)
         worker.stop()
     assert len(received) == 300 - 59
     assert_once_and_in_order(received)

@@ -213,7 +213,7 @@ def test_a_step_is_followed_up_and_down_and_nothing_is_lost_or_doubled(
         tape.end()
         told = explained(settings)
         assert told["workers"]["decision"]["target"] == 1
-        received = features(settings, tape.num_owed, idle_timeout_s=30)
+        received = features(settings, tape.num_owed)
         application.drain()
     finally:
         application.delete()

@@ -27,6 +27,8 @@ from tapeline.topics import ensure_topics
 
 MakeSettings = Callable[..., Settings]
 NUM_EVENTS = 1_200
+START_S = 240.0
+"""The command imports torch and Serve, and its worker and its replica import them again."""
 
 pytestmark = pytest.mark.usefixtures("ray_runtime")
 
@@ -136,11 +138,11 @@ def test_run_changes_its_settings_on_sighup_and_ends_on_sigterm(
 
     try:
         produce(settings, events[:250], "realtime")
-        timely = features(settings, 250 - 59 * 2, idle_timeout_s=100)
+        timely = features(settings, 250 - 59 * 2, idle_timeout_s=START_S)
         change("kafka.timeout_s cannot change while workers run", deadline_ms=0.001, timeout_s=20)
         change("settings changed", deadline_ms=0.001)
         produce(settings, events[250:], "realtime")
-        late = features(settings, 500 - 59 * 2, idle_timeout_s=60)[len(timely) :]
+        late = features(settings, 500 - 59 * 2)[len(timely) :]
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LONG_S)
     finally:
