@@ -6,9 +6,9 @@
 Starts a broker and a Redis of its own. The workers share a lane's partitions, and their windows are
 full; then they are stopped (SIGSTOP), a backlog is appended, and they go on at once. Features a
 second by the growth of the output topic, over the middle 60 % of the backlog; processor time of all
-workers an event. The model is a mean over a few channels (``benchmarks/compare/run_tapeline.py``),
-so that the stream is what is measured; with ``--real`` it is the settings' model, in each worker's
-process (``tapeline worker``).
+workers an event; cores that the broker and Redis took meanwhile. The model is a mean over a few
+channels (``benchmarks/compare/run_tapeline.py``), so that the stream is what is measured; with
+``--real`` it is the settings' model, in each worker's process (``tapeline worker``).
 """
 
 import argparse
@@ -121,11 +121,15 @@ def _measure(
                 worker.suspend()
             tape.send(own, num_events)
             before = ends.total()
-            used_s = _cpu_s(workers)
+            used_s, servers_s = _cpu_s(workers), _servers_cpu_s()
             for worker in workers:
                 worker.resume()
             times_s, counts = ends.watch(before + num_events)
             used_s = _cpu_s(workers) - used_s
+            cores = {
+                f"{name}_cores": (after_s - servers_s[name]) / (times_s[-1] - times_s[0])
+                for name, after_s in _servers_cpu_s().items()
+            }
             memory_mb = sum(worker.memory_full_info().pss for worker in workers) / 1e6
     low, high = (np.searchsorted(counts, before + share * num_events) for share in (0.2, 0.8))
     rate = (counts[high] - counts[low]) / (times_s[high] - times_s[low])
@@ -135,6 +139,7 @@ def _measure(
         "events_per_s": float(rate),
         "us_an_event": us,
         "events_per_s_a_core": 1e6 / us,
+        **cores,
         "memory_mb": memory_mb,
         "first_features_s": start_s,
     }
@@ -142,6 +147,16 @@ def _measure(
 
 def _cpu_s(workers: Sequence[psutil.Process]) -> float:
     return sum(sum(worker.cpu_times()[:2]) for worker in workers)
+
+
+def _servers_cpu_s() -> dict[str, float]:
+    """Of the broker and of Redis, which run under this process."""
+    found = {"broker": "java", "redis": "redis-server"}
+    running = psutil.Process().children(recursive=True)
+    return {
+        name: sum(sum(one.cpu_times()[:2]) for one in running if one.name().startswith(program))
+        for name, program in found.items()
+    }
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from schemas.errors import ConfigError
 from schemas.settings import RedisSettings
 
-_SHARED_AT_ONCE = 500
+_ASKED_AT_ONCE = 2_000  # Lua takes no more than 8,000 arguments, and a page needs two for an id
 _PAUSE_AFTER_FAILURE_S = 1.0  # a hanging Redis must not cost every micro-batch its timeout
 
 _log = structlog.get_logger(__name__)
@@ -105,29 +105,63 @@ class LocalFirstSeen:
         pass
 
 
-# One argument for all ids: to write and read each by itself takes several times as long, here and
-# in Redis. The keys are not named one by one, as a cluster would want: ids of one micro-batch would
-# lie on all of its nodes anyway.
-_SET_OR_GET = """
-local ttl, prefix, given = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
-local ids, sources, known = given[1], given[2], {}
-for i, id in ipairs(ids) do
-  local first = redis.call('SET', prefix .. id, sources[i], 'NX', 'GET', 'EX', ttl)
-  if first then known[#known + 1] = {i - 1, first} end
+# Ids are fields of two hashes, the newest page and the one before: a key for each id takes Redis
+# more than twice the time and memory. A page is full after its time or with half of the ids, and
+# then the former one goes. `short_s`: the age of a page that was full before its time.
+_PAGES = """
+local ttl_s, max_ids = tonumber(ARGV[1]), tonumber(ARGV[2])
+local life_s, short_s = 2 * ttl_s + 60, 0
+local pages = redis.call('HMGET', KEYS[1], 'newest', 'former')
+local newest, former = pages[1], pages[2]
+local left_s = newest and redis.call('TTL', newest) or -2
+local is_full = left_s >= 0 and redis.call('HLEN', newest) > max_ids / 2
+if is_full or life_s - left_s >= ttl_s then
+  if is_full then short_s = life_s - left_s end
+  if left_s >= 0 then
+    if former then redis.call('UNLINK', former) end
+    former = newest
+  end
+  local now = redis.call('TIME')
+  newest = KEYS[1] .. ':' .. now[1] .. '.' .. now[2]
+  redis.call('HSET', newest, '', '')
+  redis.call('EXPIRE', newest, life_s)
+  redis.call('HSET', KEYS[1], 'newest', newest)
+  if former then redis.call('HSET', KEYS[1], 'former', former) end
+  redis.call('EXPIRE', KEYS[1], life_s)
 end
-return cmsgpack.pack(known)
+"""
+
+# One argument for all ids: to write and read each by itself takes several times as long, here and
+# in Redis. Backwards, so that of an id that comes twice the first source is what is kept.
+_SET_OR_GET = """
+local given = cmsgpack.unpack(ARGV[3])
+local ids, sources, known, fresh, n = given[1], given[2], {}, {}, 0
+local found = redis.call('HMGET', newest, unpack(ids))
+local older = former and redis.call('HMGET', former, unpack(ids)) or {}
+for i = #ids, 1, -1 do
+  local first = found[i] or older[i]
+  if first then
+    known[#known + 1] = {i - 1, first}
+  else
+    fresh[n + 1], fresh[n + 2], n = ids[i], sources[i], n + 2
+  end
+end
+if n > 0 then redis.call('HSET', newest, unpack(fresh)) end
+return cmsgpack.pack({known, short_s})
 """
 
 _TAKE_OVER = """
-local known = redis.call('GET', KEYS[1])
-if not known then
-  known = ARGV[3]
-elseif string.match(known, '[^|]*$') == ARGV[2] then
-  known = known .. '|' .. ARGV[3]
-else
-  return known
+local id, taken, source = ARGV[3], ARGV[4], ARGV[5]
+local page, known = newest, redis.call('HGET', newest, id)
+if not known and former then
+  page, known = former, redis.call('HGET', former, id)
 end
-redis.call('SET', KEYS[1], known, 'EX', ARGV[1])
+if not known then
+  page, known = newest, source
+elseif string.match(known, '[^|]*$') == taken then
+  known = known .. '|' .. source
+end
+redis.call('HSET', page, id, known)
 return known
 """
 
@@ -150,10 +184,10 @@ class RedisFirstSeen:
             socket_connect_timeout=timeout_s,
             single_connection_client=True,  # to take one from a pool takes as long as the call
         )
-        self._script = self._redis.register_script(_SET_OR_GET)
-        self._take_over = self._redis.register_script(_TAKE_OVER)
-        self._prefix = settings.key_prefix
-        self._ttl_s = settings.ttl_s
+        self._set_or_get = self._redis.register_script(_PAGES + _SET_OR_GET)
+        self._take_over = self._redis.register_script(_PAGES + _TAKE_OVER)
+        self._pages = f"{settings.key_prefix}pages"
+        self._bounds = [settings.ttl_s, settings.max_ids]
         self._local = LocalFirstSeen(settings.max_local_ids)
         self._lookups_total = 0
         self._failures_total = 0
@@ -187,9 +221,8 @@ class RedisFirstSeen:
         return [source for source in known if source is not None]
 
     async def take_over(self, event_id: str, former: str, source: str) -> str:
-        key = self._prefix + event_id
-        arguments: list[int | str] = [self._ttl_s, former, source]
-        answer = await self._call(lambda: self._take_over([key], arguments), num_ids=1)
+        arguments: list[int | str] = [*self._bounds, event_id, former, source]
+        answer = await self._call(lambda: self._take_over([self._pages], arguments), num_ids=1)
         if answer is None:
             return await self._local.take_over(event_id, former, source)
         first: str = answer.decode()
@@ -198,16 +231,32 @@ class RedisFirstSeen:
 
     async def _ask(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
         """What Redis saw first: for ids new to it the source given, while it is down for all."""
+        if len(ids) > _ASKED_AT_ONCE:
+            rest = slice(_ASKED_AT_ONCE, None)
+            known = await self._ask(ids[:_ASKED_AT_ONCE], sources[:_ASKED_AT_ONCE])
+            return known + await self._ask(ids[rest], sources[rest])
         first = list(sources)
-        answer = await self._call(lambda: self._set_or_get(ids, sources), len(ids))
-        for index, source in msgspec.msgpack.decode(answer) if answer else ():
+        known = await self._call(lambda: self._put_absent(ids, sources), len(ids))
+        for index, source in known or ():
             first[index] = source
         return first
 
-    async def _set_or_get(self, ids: Sequence[str], sources: Sequence[str]) -> bytes:
+    async def _put_absent(
+        self, ids: Sequence[str], sources: Sequence[str]
+    ) -> list[tuple[int, str]]:
+        """Puts those ids into Redis that it has not seen; place and source of the others."""
         given = msgspec.msgpack.encode((ids, sources))
-        answer: bytes = await self._script([], [self._ttl_s, self._prefix, given])
-        return answer
+        answer = await self._set_or_get([self._pages], [*self._bounds, given])
+        known: list[tuple[int, str]]
+        known, short_s = msgspec.msgpack.decode(answer)
+        if short_s:
+            _log.warning(
+                "first_seen_forgets_early",
+                remembered_s=short_s,
+                wanted_s=self._bounds[0],
+                hint="raise redis.max_ids, and give Redis 130 bytes for each",
+            )
+        return known
 
     async def _call(self, call: Callable[[], Awaitable[Any]], num_ids: int) -> Any:
         """Redis's answer; None while it is down. Asks again once a second."""
@@ -233,11 +282,11 @@ class RedisFirstSeen:
     async def _share(self) -> None:
         """Tells Redis the local table, oldest first; what Redis knows itself stays."""
         known = self._local.snapshot()
-        for start in range(0, len(known), _SHARED_AT_ONCE):
-            chunk = known[start : start + _SHARED_AT_ONCE]
+        for start in range(0, len(known), _ASKED_AT_ONCE):
+            chunk = known[start : start + _ASKED_AT_ONCE]
             ids, sources = zip(*chunk, strict=True)
             try:
-                await self._set_or_get(ids, sources)
+                await self._put_absent(ids, sources)
             except (RedisError, OSError, TimeoutError):
                 return  # down again: the next time it is back begins anew
 

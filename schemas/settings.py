@@ -62,8 +62,14 @@ class RedisSettings(Section):
     timeout_ms: float = Field(
         1000, gt=0, description="To connect and for an answer; then the local table answers alone."
     )
-    key_prefix: str = Field("tapeline:seen:", description="In front of each event id.")
-    ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered.")
+    key_prefix: str = Field("tapeline:seen:", description="In front of each key in Redis.")
+    ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered, at least.")
+    max_ids: int = Field(
+        3_000_000,
+        ge=2,
+        description="Event ids that Redis keeps at most, of 130 bytes each. More than half of them "
+        "in `redis.ttl_s`, and they are forgotten earlier, with a warning.",
+    )
     max_local_ids: int = Field(200_000, ge=1, description="Event ids kept in each worker's LRU.")
     across_lanes: bool = Field(
         True, description="An event id counts once in all lanes together; false: once in each."

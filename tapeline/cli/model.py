@@ -21,6 +21,15 @@ app = typer.Typer(
     help="Look at a model, measure it, make it fast, have it serve.", no_args_is_help=True
 )
 
+
+@app.callback()
+def _log() -> None:
+    """What an engine has to say goes to stderr: stdout is the answer's."""
+    from consumers.logs import configure_logging
+
+    configure_logging()
+
+
 ArtifactArgument = Annotated[
     Path | None,
     typer.Argument(help="A model folder; else model.artifact; else the seeded weights."),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import redis as redis_client
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -149,21 +150,99 @@ async def test_redis_remembers_what_the_local_table_forgot(
     assert await table.sightings(["a"], ["t:0:9"]) == ["t:0:1"]
 
 
-async def test_redis_forgets_after_the_ttl(
+class Pages:
+    """What a table has in Redis, looked at and aged from outside."""
+
+    def __init__(self, redis: "redis_client.Redis", settings: RedisSettings) -> None:
+        self._redis = redis
+        self._prefix = settings.key_prefix
+
+    def ids(self) -> list[set[str]]:
+        """Of each page, the oldest first."""
+        names = sorted(self._redis.keys(f"{self._prefix}pages:*"))
+        return [{one.decode() for one in self._redis.hkeys(name)} - {""} for name in names]
+
+    def age(self, seconds: int) -> None:
+        """Makes all that there is older."""
+        for name in self._redis.keys(f"{self._prefix}*"):
+            left_s = self._redis.ttl(name)
+            assert left_s > 0, "every key goes some day"
+            self._redis.expire(name, left_s - seconds)
+
+
+async def test_an_id_is_remembered_for_its_time_and_then_forgotten(
     redis_url: str, redis: "redis_client.Redis", open_table: OpenTable
 ) -> None:
-    """Every key has it from the first sighting on; seeing an id again does not prolong it."""
+    """At least ``ttl_s``, less than twice that; seeing it again does not prolong it."""
+    settings = new_settings(redis_url, max_local_ids=1)
+    table, pages = await open_table(settings), Pages(redis, settings)
+    await table.sightings(["a", "b"], ["t:0:1", "t:0:2"])
+    pages.age(TTL_S - 10)
+    await table.sightings(["c"], ["t:0:3"])
+    assert pages.ids() == [{"a", "b", "c"}]
+    pages.age(20)
+    assert await table.sightings(["a", "d"], ["t:0:4", "t:0:5"]) == ["t:0:1", "t:0:5"]
+    assert await table.take_over("b", "t:0:2", "t:0:6") == "t:0:2|t:0:6"
+    assert pages.ids() == [{"a", "b", "c"}, {"d"}]
+    pages.age(TTL_S - 30)
+    assert await table.sightings(["c", "b"], ["t:0:7"] * 2) == ["t:0:3", "t:0:2|t:0:6"]
+    pages.age(40)
+    assert await table.sightings(["a", "d"], ["t:0:8"] * 2) == ["t:0:8", "t:0:5"]
+    assert pages.ids() == [{"d"}, {"a"}]
+
+
+async def test_a_page_that_redis_gave_up_is_begun_anew(
+    redis_url: str, redis: "redis_client.Redis", open_table: OpenTable
+) -> None:
+    """As under memory pressure: what the other page knows is still known."""
+    settings = new_settings(redis_url, max_local_ids=1)
+    table, pages = await open_table(settings), Pages(redis, settings)
+    await table.sightings(["a"], ["t:0:1"])
+    pages.age(TTL_S + 10)
+    await table.sightings(["b", "c"], ["t:0:2"] * 2)
+    redis.delete(redis.hget(f"{settings.key_prefix}pages", "newest"))
+    assert await table.sightings(["a", "b"], ["t:0:3"] * 2) == ["t:0:1", "t:0:3"]
+    assert pages.ids() == [{"a"}, {"b"}]
+
+
+async def test_more_ids_than_may_be_are_forgotten_early_and_that_is_said(
+    redis_url: str, redis: "redis_client.Redis", open_table: OpenTable
+) -> None:
+    settings = new_settings(redis_url, max_local_ids=1, max_ids=8)
+    table, pages = await open_table(settings), Pages(redis, settings)
+
+    async def see(ids: str) -> list[str]:
+        return await table.sightings(list(ids), [f"first:{one}" for one in ids])
+
+    with structlog.testing.capture_logs() as logs:
+        await see("abcde")
+        pages.age(100)
+        await see("f")
+        assert [one["event"] for one in logs] == ["first_seen_forgets_early"]
+        assert logs[0]["remembered_s"] in (100, 101)
+        assert logs[0]["wanted_s"] == TTL_S
+    assert pages.ids() == [set("abcde"), set("f")]
+    await see("ghij")
+    await see("k")
+    assert pages.ids() == [set("fghij"), set("k")]
+    assert await table.sightings(["a", "j"], ["again"] * 2) == ["again", "first:j"]
+
+
+async def test_the_first_of_an_id_twice_in_one_batch_is_what_others_see(
+    redis_url: str, open_table: OpenTable
+) -> None:
+    settings = new_settings(redis_url)
+    one, other = await open_table(settings), await open_table(settings)
+    await one.sightings(["a", "b", "a"], ["t:0:1", "t:0:2", "t:0:3"])
+    assert await other.sightings(["a"], ["t:1:1"]) == ["t:0:1"]
+
+
+async def test_a_large_batch_is_asked_in_parts(redis_url: str, open_table: OpenTable) -> None:
     settings = new_settings(redis_url, max_local_ids=1)
     table = await open_table(settings)
-    await table.sightings(["a", "b"], ["t:0:1", "t:0:2"])
-    keys = [f"{settings.key_prefix}{one}" for one in "ab"]
-    assert sorted(redis.keys(f"{settings.key_prefix}*")) == [key.encode() for key in keys]
-    assert redis.get(keys[0]) == b"t:0:1"
-    for key in keys:
-        assert TTL_S - 60 < redis.ttl(key) <= TTL_S
-    redis.expire(keys[0], 100)
-    assert await table.sightings(["a"], ["t:0:5"]) == ["t:0:1"]
-    assert redis.ttl(keys[0]) <= 100
+    ids, sources = [str(one) for one in range(5_001)], [f"t:0:{one}" for one in range(5_001)]
+    assert await table.sightings(ids, sources) == sources
+    assert await table.sightings(ids, ["again"] * len(ids)) == sources
 
 
 async def test_two_workers_share_what_they_saw(redis_url: str, open_table: OpenTable) -> None:
@@ -228,7 +307,8 @@ async def test_redis_that_dies_degrades_and_comes_back(
 ) -> None:
     """Nothing is lost, own duplicates are still told, and the shared table is used again."""
     url = own_stack.start("redis").endpoint
-    table = await open_table(new_settings(url, max_local_ids=1000))
+    settings = new_settings(url, max_local_ids=1000)
+    table = await open_table(settings)
     await table.sightings(["before"], ["t:0:1"])
     own_stack.stop("redis")
 
@@ -247,5 +327,5 @@ async def test_redis_that_dies_degrades_and_comes_back(
             source = f"t:1:{number}"
             assert await table.sightings([f"after-{number}"], [source]) == [source]
             await asyncio.sleep(0.02)
-    other = await open_table(new_settings(url, key_prefix=table._prefix))  # type: ignore[attr-defined]
+    other = await open_table(settings)
     assert await other.sightings([f"after-{number}"], ["t:2:0"]) == [f"t:1:{number}"]

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference.artifact import Artifact, save_artifact
+from inference.model import ModelConfig, Normalisation, build_network
+from inference.seeded import MARKET50_V1
 from schemas.errors import ConfigError
 from schemas.messages import Flags
 from tapeline.autoscale.rules import Decision, LaneLoad
@@ -181,6 +185,7 @@ def test_flags_have_names() -> None:
 
 def test_a_model_is_inspected_timed_and_optimised(tmp_path: Path) -> None:
     """Together, as a user would: each command of its own loads torch for seconds."""
+    own_models = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     small = {"TAPELINE_MODEL__MAX_BATCH": "4"}
     seen = run_cli("model", "inspect", "--json", folder=tmp_path)
     assert seen.returncode == 0, seen.stderr
@@ -191,8 +196,18 @@ def test_a_model_is_inspected_timed_and_optimised(tmp_path: Path) -> None:
 
     arguments = ["--size", "1", "--size", "6", "--seconds", "0", "--csv", "table.csv", "--json"]
     arguments += ["--plot", "plot.png"]
-    timed = run_cli("model", "bench", *arguments, folder=tmp_path, environment=small)
+    config = ModelConfig(
+        architecture="own_models:Mixed", options={"num_in": 50, "num_out": 4}, num_features=4
+    )
+    network = build_network(config, Normalisation(np.zeros(50), np.ones(50)))
+    artifact = Artifact.from_model(
+        network.eval(), name="mixed", version="1", channels_version=MARKET50_V1, card=""
+    )
+    save_artifact(artifact, tmp_path / "mixed")
+    mixed = small | {"TAPELINE_MODEL__ARTIFACT": "mixed", "PYTHONPATH": own_models}
+    timed = run_cli("model", "bench", *arguments, folder=tmp_path, environment=mixed)
     assert timed.returncode == 0, timed.stderr
+    assert "engine_rows_depend_on_batch" in timed.stderr, "and stdout is JSON all the same"
     assert [one["num_windows"] for one in json.loads(timed.stdout)["timings"]] == [1, 6]
     assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("windows,p50_ms")
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
