@@ -17,9 +17,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,8 @@ _LANE = "realtime"
 _SCRIPT = Path(__file__).parent / "compare" / "run_tapeline.py"
 _SCHEMAS = Path(__file__).parents[1] / "schemas"
 _WORKER = ["-m", "tapeline", "worker"]
-_WARM_UP_PER_SYMBOL = 200  # on average
+_TAPE_EVENTS = 50_000
+_WARM_UP_PER_SYMBOL = 200
 _TICK_S = 0.1
 _WORK_S = 300.0
 
@@ -75,18 +76,22 @@ def main() -> None:
 
 class _Tape:
     """Encoded events without end: a simulated market again and again, each event with an id of its
-    own.
+    own. All symbols have equally many, so that a warm-up fills every window.
     """
 
     def __init__(self, settings: Settings, num_symbols: int, kind: str) -> None:
         codec = Codec(settings.schema_registry)
         tape = simulate(symbols=symbol_names(num_symbols), seed=1, start_time_us=10**15)
-        wanted = (one for one in tape if kind == "mixed" or isinstance(one.payload, KINDS[kind]))
         self.num_symbols = num_symbols
-        self._events = [
-            (event.symbol.encode(), codec.encode_event(event), event.event_id.encode())
-            for event in islice(wanted, 50_000)
-        ]
+        missing = Counter(dict.fromkeys(symbol_names(num_symbols), _TAPE_EVENTS // num_symbols))
+        self._events: list[tuple[bytes, bytes, bytes]] = []
+        while missing.total():
+            event = next(tape)
+            wanted = kind == "mixed" or isinstance(event.payload, KINDS[kind])
+            if wanted and missing[event.symbol]:
+                missing[event.symbol] -= 1
+                encoded = codec.encode_event(event), event.event_id.encode()
+                self._events.append((event.symbol.encode(), *encoded))
         self._number = 0
 
     def send(self, settings: Settings, num_events: int) -> None:
