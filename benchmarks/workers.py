@@ -1,7 +1,7 @@
 """Events a second by the number of workers: each a process of its own, on one lane.
 
     python -m benchmarks.workers [--workers 1 --workers 2] [--events 200000] [--partitions 16]
-        [--symbols 96] [--kind mixed] [--real] [--json]
+        [--symbols 96] [--kind mixed] [--real] [--rate 0] [--seconds 10] [--json]
 
 Starts a broker and a Redis of its own. The workers share a lane's partitions, and their windows are
 full; then they are stopped (SIGSTOP), a backlog is appended, and they go on at once. Features a
@@ -9,10 +9,15 @@ second by the growth of the output topic, over the middle 60 % of the backlog; p
 workers an event; cores that the broker and Redis took meanwhile. The model is a mean over a few
 channels (``benchmarks/compare/run_tapeline.py``), so that the stream is what is measured; with
 ``--real`` it is the settings' model, in each worker's process (``tapeline worker``).
+
+With ``--rate`` events then arrive at that rate, whether or not the workers keep up (open loop),
+from processes of up to 50,000 a second each: milliseconds from an event's append to its feature's,
+by the broker's clock, of one partition of the output topic.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,11 +25,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from benchmarks.lanes.load import own_topics
 from benchmarks.stages import KINDS
@@ -42,6 +50,9 @@ _WORKER = ["-m", "tapeline", "worker"]
 _TAPE_EVENTS = 50_000
 _WARM_UP_PER_SYMBOL = 200
 _TICK_S = 0.1
+_RATE_OF_ONE_HZ = 50_000.0
+_SENT_AT_ONCE = 50
+_MAX_LATE_S = 1.0
 _WORK_S = 300.0
 
 
@@ -55,11 +66,17 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, default=96)
     parser.add_argument("--kind", choices=("mixed", *KINDS), default="mixed")
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     machine = str(this_machine())
     found = []
-    with parts(kafka={"num_partitions": options.partitions}) as settings:
+    changes: dict[str, Any] = {
+        "kafka": {"num_partitions": options.partitions},
+        "worker": {"session_timeout_s": _WORK_S / 2},  # they are stopped while a backlog is made
+    }
+    with parts(**changes) as settings:
         tape = _Tape(settings, options.symbols, options.kind)
         for number in options.workers or [1, 2]:
             found.append(_measure(settings, tape, number, options))
@@ -94,14 +111,34 @@ class _Tape:
                 self._events.append((event.symbol.encode(), *encoded))
         self._number = 0
 
-    def send(self, settings: Settings, num_events: int) -> None:
-        """Appends so many to the lane's topic."""
-        config = {"linger.ms": 20, "queue.buffering.max.messages": 1_000_000}
+    def play(self, settings: Settings, rate_hz: float, seconds: float) -> list[BaseProcess]:
+        """Begins to append at a rate, in processes of their own; a process fails if it is late."""
+        number = math.ceil(rate_hz / _RATE_OF_ONE_HZ)
+        playing: list[BaseProcess] = []
+        for _ in range(number):
+            num_events = int(rate_hz / number * seconds)
+            one = get_context("spawn").Process(
+                target=self.send, args=(settings, num_events, rate_hz / number)
+            )
+            one.start()
+            playing.append(one)
+            self._number += num_events
+        return playing
+
+    def send(self, settings: Settings, num_events: int, rate_hz: float = math.inf) -> None:
+        """Appends so many to the lane's topic. Raises SystemExit if it cannot keep a rate."""
+        linger_ms = 20 if rate_hz == math.inf else 1
+        config = {"linger.ms": linger_ms, "queue.buffering.max.messages": 1_000_000}
         producer: Producer = make_client(
             Producer, client_config(settings, defaults=config, required=IDEMPOTENT)
         )
         topic = settings.lane(_LANE).topic
-        for _ in range(num_events):
+        begun_s, late_s = time.monotonic(), 0.0
+        for sent in range(num_events):
+            if sent % _SENT_AT_ONCE == 0 and rate_hz < math.inf:
+                ahead_s = begun_s + sent / rate_hz - time.monotonic()
+                late_s = max(late_s, -ahead_s)
+                time.sleep(max(ahead_s, 0))
             key, value, event_id = self._events[self._number % len(self._events)]
             begin = 11  # the tag and the length of the id
             fresh = f"{self._number:0{len(event_id)}d}".encode()
@@ -110,6 +147,8 @@ class _Tape:
             if self._number % 1_000 == 0:
                 producer.poll(0)
         assert producer.flush(120) == 0
+        if late_s > _MAX_LATE_S:
+            raise SystemExit(f"the load was {late_s:.1f} s late; lower --rate")
 
 
 def _measure(
@@ -121,7 +160,7 @@ def _measure(
         begun_s = time.monotonic()
         with _workers(own, num_workers, real=options.real) as workers:
             tape.send(own, _WARM_UP_PER_SYMBOL * tape.num_symbols)
-            start_s = ends.wait_until_quiet() - begun_s
+            start_s = ends.wait_until_quiet(workers) - begun_s
             for worker in workers:
                 worker.suspend()
             tape.send(own, num_events)
@@ -136,6 +175,14 @@ def _measure(
                 for name, after_s in _servers_cpu_s().items()
             }
             memory_mb = sum(worker.memory_full_info().pss for worker in workers) / 1e6
+            latency = {}
+            if options.rate:
+                playing = tape.play(own, options.rate, options.seconds)
+                latency = ends.latency(int(options.rate * options.seconds))
+                for one in playing:
+                    one.join()
+                    if one.exitcode:
+                        raise SystemExit("the load could not be kept up")
     low, high = (np.searchsorted(counts, before + share * num_events) for share in (0.2, 0.8))
     rate = (counts[high] - counts[low]) / (times_s[high] - times_s[low])
     us = 1e6 * used_s / num_events
@@ -147,6 +194,7 @@ def _measure(
         **cores,
         "memory_mb": memory_mb,
         "first_features_s": start_s,
+        **latency,
     }
 
 
@@ -201,11 +249,12 @@ class _Ends:
         )
         topic, number = settings.lane(_LANE).output_topic, settings.kafka.num_partitions
         self._partitions = [TopicPartition(topic, one) for one in range(number)]
+        self._codec = Codec(settings.schema_registry)
 
     def total(self) -> int:
         return sum(self._consumer.get_watermark_offsets(one)[1] for one in self._partitions)
 
-    def wait_until_quiet(self) -> float:
+    def wait_until_quiet(self, workers: Sequence[psutil.Process]) -> float:
         """Until features have come and no more come; when the first was seen."""
         first_s, last, last_s = 0.0, 0, time.monotonic()
         while not last or time.monotonic() - last_s < 3:
@@ -213,9 +262,35 @@ class _Ends:
             if (total := self.total()) > last:
                 last, last_s = total, time.monotonic()
                 first_s = first_s or last_s
+            elif any(one.status() == psutil.STATUS_ZOMBIE for one in workers):
+                return first_s  # which is said where they were started
             elif time.monotonic() - last_s > _WORK_S:
                 raise SystemExit("no features came")
         return first_s
+
+    def latency(self, num_events: int) -> dict[str, float]:
+        """From append to append, of the first partition's features among the next so many of all.
+
+        The first fifth is left out: the load's processes start.
+        """
+        until = self.total() + num_events
+        first = self._partitions[0]
+        end = self._consumer.get_watermark_offsets(first)[1]
+        self._consumer.assign([TopicPartition(first.topic, first.partition, end)])
+        found_ms: list[float] = []
+        begun_s, is_over = time.monotonic(), False
+        messages: list[Message] = []
+        while not is_over or messages:
+            if time.monotonic() - begun_s > _WORK_S:
+                raise SystemExit("not every event at this rate became a feature")
+            is_over = self.total() >= until
+            messages = self._consumer.consume(10_000, timeout=_TICK_S)
+            for message in messages:
+                feature = self._codec.decode_feature(message.value())
+                found_ms.append(message.timestamp()[1] - feature.source_appended_us / 1_000)
+        self._consumer.unassign()
+        kept = np.array(found_ms[len(found_ms) // 5 :])
+        return {f"p{one}_ms": float(np.percentile(kept, one)) for one in (50, 95, 99)}
 
     def watch(self, until: int) -> tuple[list[float], list[int]]:
         """Times and totals until there are so many."""
