@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -109,20 +110,31 @@ class _Tape:
                 missing[event.symbol] -= 1
                 encoded = codec.encode_event(event), event.event_id.encode()
                 self._events.append((event.symbol.encode(), *encoded))
-        self._number = 0
+        self._at = 0  # in the tape
+        self._number = 0  # of the next event's id
 
     def play(self, settings: Settings, rate_hz: float, seconds: float) -> list[BaseProcess]:
-        """Begins to append at a rate, in processes of their own; a process fails if it is late."""
+        """Goes on at a rate, in processes of their own; a process fails if it is late.
+
+        Each has symbols of its own, whose events stay in order.
+        """
         number = math.ceil(rate_hz / _RATE_OF_ONE_HZ)
+        num_events = int(rate_hz * seconds) // number
+        ahead = self._events[self._at :] + self._events[: self._at]
+        symbols = sorted({symbol for symbol, _, _ in self._events})
         playing: list[BaseProcess] = []
-        for _ in range(number):
-            num_events = int(rate_hz / number * seconds)
+        for place in range(number):
+            share = set(symbols[place::number])
+            part = copy(self)
+            part._events = [one for one in ahead if one[0] in share]
+            part._at = 0
+            part._number = self._number + place * num_events
             one = get_context("spawn").Process(
-                target=self.send, args=(settings, num_events, rate_hz / number)
+                target=part.send, args=(settings, num_events, rate_hz / number)
             )
             one.start()
             playing.append(one)
-            self._number += num_events
+        self._number += number * num_events
         return playing
 
     def send(self, settings: Settings, num_events: int, rate_hz: float = math.inf) -> None:
@@ -139,7 +151,8 @@ class _Tape:
                 ahead_s = begun_s + sent / rate_hz - time.monotonic()
                 late_s = max(late_s, -ahead_s)
                 time.sleep(max(ahead_s, 0))
-            key, value, event_id = self._events[self._number % len(self._events)]
+            key, value, event_id = self._events[self._at]
+            self._at = (self._at + 1) % len(self._events)
             begin = 11  # the tag and the length of the id
             fresh = f"{self._number:0{len(event_id)}d}".encode()
             self._number += 1
@@ -178,11 +191,7 @@ def _measure(
             latency = {}
             if options.rate:
                 playing = tape.play(own, options.rate, options.seconds)
-                latency = ends.latency(int(options.rate * options.seconds))
-                for one in playing:
-                    one.join()
-                    if one.exitcode:
-                        raise SystemExit("the load could not be kept up")
+                latency = ends.latency(playing)
     low, high = (np.searchsorted(counts, before + share * num_events) for share in (0.2, 0.8))
     rate = (counts[high] - counts[low]) / (times_s[high] - times_s[low])
     us = 1e6 * used_s / num_events
@@ -268,27 +277,26 @@ class _Ends:
                 raise SystemExit("no features came")
         return first_s
 
-    def latency(self, num_events: int) -> dict[str, float]:
-        """From append to append, of the first partition's features among the next so many of all.
+    def latency(self, playing: Sequence[BaseProcess]) -> dict[str, float]:
+        """From append to append, of the first partition's features while a load is played.
 
-        The first fifth is left out: the load's processes start.
+        The first fifth is left out: the load's processes start. Raises SystemExit if the load was
+        late.
         """
-        until = self.total() + num_events
         first = self._partitions[0]
         end = self._consumer.get_watermark_offsets(first)[1]
         self._consumer.assign([TopicPartition(first.topic, first.partition, end)])
         found_ms: list[float] = []
-        begun_s, is_over = time.monotonic(), False
-        messages: list[Message] = []
+        is_over, messages = False, list[Message]()
         while not is_over or messages:
-            if time.monotonic() - begun_s > _WORK_S:
-                raise SystemExit("not every event at this rate became a feature")
-            is_over = self.total() >= until
-            messages = self._consumer.consume(10_000, timeout=_TICK_S)
+            is_over = not any(one.is_alive() for one in playing)
+            messages = self._consumer.consume(10_000, timeout=1.0)
             for message in messages:
                 feature = self._codec.decode_feature(message.value())
                 found_ms.append(message.timestamp()[1] - feature.source_appended_us / 1_000)
         self._consumer.unassign()
+        if any(one.exitcode for one in playing):
+            raise SystemExit("the load could not be kept up")
         kept = np.array(found_ms[len(found_ms) // 5 :])
         return {f"p{one}_ms": float(np.percentile(kept, one)) for one in (50, 95, 99)}
 
