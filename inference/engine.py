@@ -83,6 +83,7 @@ class Engine:
     Args:
         num_threads: on a CPU they compute; with a GPU they copy windows into pinned memory.
         gpu_memory_fraction: of the device, for this process.
+        gpu_wait: how a CUDA graph is waited for; see ``ModelSettings``.
         max_batch: the largest bucket that is tried, 4 at least. More windows in one call are split.
         max_call_s: a bucket that takes longer when it is tried is dropped, and larger ones are not
             tried; the smallest stays whatever it takes.
@@ -101,12 +102,14 @@ class Engine:
         max_batch: int = 256,
         max_call_s: float = math.inf,
         gpu_memory_fraction: float = 1.0,
+        gpu_wait: Literal["spin", "sleep"] = "spin",
     ) -> None:
         assert num_threads >= 1
         assert max_batch >= 1
         self._artifact = artifact
         self.precision = artifact.precision
         self._num_threads = num_threads
+        self._sleeps = gpu_wait == "sleep"
         self._device = resolve_device(device)
         if self._device.type == "cuda":
             _prefer_exact_arithmetic()
@@ -260,7 +263,10 @@ class Engine:
     def _passes_of(self, bucket: int) -> tuple[Pass, ...]:
         if bucket not in self._passes:
             if self._device.type == "cuda" and self._artifact.cuda_graphs:
-                graphs = [GraphPass(self._model, bucket, self._device) for _ in range(2)]
+                graphs = [
+                    GraphPass(self._model, bucket, self._device, sleep=self._sleeps)
+                    for _ in range(2)
+                ]
                 self._passes[bucket] = tuple(graphs)
             else:
                 self._passes[bucket] = (EagerPass(self._model, bucket, self._device),)
@@ -395,6 +401,7 @@ def build_engine(artifact: Artifact, settings: ModelSettings) -> Engine:
         max_batch=settings.max_batch,
         max_call_s=settings.max_call_ms / 1000,
         gpu_memory_fraction=settings.gpu_memory_fraction,
+        gpu_wait=settings.gpu_wait,
     )
 
 

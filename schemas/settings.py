@@ -185,6 +185,11 @@ class ModelSettings(Section):
     gpu_memory_fraction: Fraction = Field(
         1.0, gt=0, description="Of a GPU, for each process that holds a model."
     )
+    gpu_wait: Literal["spin", "sleep"] = Field(
+        "spin",
+        description="How a thread waits for a GPU: `spin` is quicker by some 50 us and takes a "
+        "core; `sleep` where several processes share the GPU or cores are short.",
+    )
     cpu_affinity: Cores = Field(
         [],
         description="The cores that its threads run on; none: those of its process. Replicas on "

@@ -51,6 +51,13 @@ def test_every_variant_is_within_its_error_of_the_cpu(
     assert np.abs(found - exact()).max() <= MAX_ERROR[precision]
 
 
+def test_a_thread_that_sleeps_until_the_gpu_is_done_gets_the_same_bits() -> None:
+    variant = ARTIFACT.as_variant(precision="fp16", cuda_graphs=True, tolerance=0.05)
+    asleep = Engine(variant, device="cuda", max_batch=512, gpu_wait="sleep")
+    expected = outputs_of(engine_of("fp16", True), WINDOWS)
+    np.testing.assert_array_equal(outputs_of(asleep, WINDOWS), expected)
+
+
 @each_variant
 def test_bits_do_not_depend_on_the_batch_and_a_nan_stays_in_its_row(
     precision: Precision, cuda_graphs: bool
