@@ -67,8 +67,8 @@ class RedisSettings(Section):
     max_ids: int = Field(
         3_000_000,
         ge=2,
-        description="Event ids that Redis keeps at most, of 130 bytes each. More than half of them "
-        "in `redis.ttl_s`, and they are forgotten earlier, with a warning.",
+        description="Ids in Redis at most, 130 bytes each. More than half of them in `redis.ttl_s`,"
+        " and they are forgotten earlier, with a warning.",
     )
     max_local_ids: int = Field(200_000, ge=1, description="Event ids kept in each worker's LRU.")
     across_lanes: bool = Field(
@@ -186,9 +186,7 @@ class ModelSettings(Section):
         1.0, gt=0, description="Of a GPU, for each process that holds a model."
     )
     gpu_wait: Literal["spin", "sleep"] = Field(
-        "spin",
-        description="How a thread waits for a GPU: `spin` is quicker by some 50 us and takes a "
-        "core; `sleep` where several processes share the GPU or cores are short.",
+        "spin", description="Of a thread, for a GPU; `sleep` where several processes share one."
     )
     cpu_affinity: Cores = Field(
         [],
