@@ -107,10 +107,11 @@ class LocalFirstSeen:
 
 # Ids are fields of two hashes, the newest page and the one before: a key for each id takes Redis
 # more than twice the time and memory. A page is full after its time or with half of the ids, and
-# then the former one goes. `short_s`: the age of a page that was full before its time.
+# then the former one goes. Idle, they expire a week later: Redis evicts what expires first, which
+# should be the feature cache. `short_s`: the age of a page that was full before its time.
 _PAGES = """
 local ttl_s, max_ids = tonumber(ARGV[1]), tonumber(ARGV[2])
-local life_s, short_s = 2 * ttl_s + 60, 0
+local life_s, short_s = 2 * ttl_s + 604800, 0
 local pages = redis.call('HMGET', KEYS[1], 'newest', 'former')
 local newest, former = pages[1], pages[2]
 local left_s = newest and redis.call('TTL', newest) or -2
@@ -232,9 +233,9 @@ class RedisFirstSeen:
     async def _ask(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
         """What Redis saw first: for ids new to it the source given, while it is down for all."""
         if len(ids) > _ASKED_AT_ONCE:
-            rest = slice(_ASKED_AT_ONCE, None)
-            known = await self._ask(ids[:_ASKED_AT_ONCE], sources[:_ASKED_AT_ONCE])
-            return known + await self._ask(ids[rest], sources[rest])
+            begin, rest = slice(_ASKED_AT_ONCE), slice(_ASKED_AT_ONCE, None)
+            answers = await self._ask(ids[begin], sources[begin])
+            return answers + await self._ask(ids[rest], sources[rest])
         first = list(sources)
         known = await self._call(lambda: self._put_absent(ids, sources), len(ids))
         for index, source in known or ():
