@@ -25,7 +25,7 @@ def configure_logging(level: str = "info") -> None:
             else structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *args: structlog.PrintLogger(sys.stderr),  # as it is by then
         cache_logger_on_first_use=False,
     )
 
