@@ -100,7 +100,11 @@ class RunningWorker:
             counts = self.statistics().lanes[lane]
             return counts if counts.records >= num_records and not counts.in_flight else None
 
-        return wait_until(ended, LONG_S, f"{num_records} records of lane {lane}")
+        try:
+            return wait_until(ended, LONG_S, f"{num_records} records of lane {lane}")
+        except TimeoutError as error:
+            error.add_note(f"it is at {self.statistics()}")
+            raise
 
     def stop(self) -> WorkerStatistics:
         """Stops it in order; raises what it ended with."""
