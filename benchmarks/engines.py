@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.tape import print_rows
 from inference.artifact import typical_windows
 from inference.engine import load_engine
 from inference.seeded import seeded_artifact
@@ -53,10 +54,7 @@ def main() -> None:
         print(json.dumps({"machine": str(this_machine()), "rows": rows}, indent=2))
         return
     print(f"{this_machine()}; {options.windows} windows a call\n")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " ---: |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    print_rows(rows)
 
 
 def _measure(settings: ModelSettings, number: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import msgspec
 import psutil
 from redis.asyncio import Redis
 
-from benchmarks.tape import parts
+from benchmarks.tape import parts, print_rows
 from consumers.dedup import open_first_seen
 from schemas.settings import Settings
 from tapeline.machine import this_machine
@@ -49,10 +49,7 @@ def main() -> None:
         print(json.dumps({"machine": str(this_machine()), "rows": rows}, indent=2))
         return
     print(f"{this_machine()}; {options.ids:,} ids\n")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * 2 + " ---: |" * 3)
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    print_rows(rows, num_left=2)
 
 
 async def _measure_all(

@@ -43,6 +43,15 @@ def parts(**overrides: Any) -> Iterator[Settings]:
             stack.down(purge=True)
 
 
+def print_rows(rows: Sequence[Mapping[str, object]], *, num_left: int = 0) -> None:
+    """A Markdown table of rows with the same keys; the first so many columns to the left."""
+    aligned = [" --- |"] * num_left + [" ---: |"] * (len(rows[0]) - num_left)
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "".join(aligned))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
 @contextmanager
 def processor(settings: Settings, mode: str = "worker") -> Iterator[psutil.Process]:
     """``tapeline worker`` or ``tapeline run`` in a process of its own.

@@ -37,7 +37,7 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from benchmarks.lanes.load import own_topics
 from benchmarks.stages import KINDS
-from benchmarks.tape import parts
+from benchmarks.tape import parts, print_rows
 from schemas.codec import Codec
 from schemas.kafka import IDEMPOTENT, client_config, make_client
 from schemas.settings import Settings, as_environment
@@ -86,10 +86,7 @@ def main() -> None:
         print(json.dumps({"machine": machine, "rows": found}, indent=2))
         return
     print(f"{machine}; {options.events:,} events, {options.kind}\n")
-    print("| " + " | ".join(found[0]) + " |")
-    print("|" + " ---: |" * len(found[0]))
-    for row in found:
-        print("| " + " | ".join(f"{value:,.4g}" for value in row.values()) + " |")
+    print_rows([{key: f"{value:,.4g}" for key, value in row.items()} for row in found])
 
 
 class _Tape:
