@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -39,8 +40,9 @@ def cores_of(process: psutil.Process) -> tuple[list[Cores], list[Cores]]:
     kafka: list[Cores] = []
     others: list[Cores] = []
     for task in Path(f"/proc/{process.pid}/task").iterdir():
-        is_kafka = (task / "comm").read_text().startswith("rdk:")
-        (kafka if is_kafka else others).append(frozenset(os.sched_getaffinity(int(task.name))))
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            is_kafka = (task / "comm").read_text().startswith("rdk:")
+            (kafka if is_kafka else others).append(frozenset(os.sched_getaffinity(int(task.name))))
     return kafka, others
 
 
