@@ -22,6 +22,8 @@ from tapeline.services import ServiceName, kafka_version
 from tapeline.stack import ServiceStatus, Stack
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A replica that cannot be built fails again each time; one try takes half a minute here.
+os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"
 # Ray's own variables of a cluster somewhere must not draw the tests there.
 os.environ.pop("RAY_ADDRESS", None)
 # The tests decide every setting; a variable of the developer's shell would change what they test.
@@ -32,6 +34,8 @@ for _variable in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
 RAY_NUM_CPUS = 4
 
 _VERSIONS = pytest.StashKey[dict[str, str]]()
+_BROKER_LOG = pytest.StashKey[Path]()
+_NUM_WARNINGS = 20
 MakeSettings = Callable[..., Settings]
 
 
@@ -50,6 +54,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """One of several processes (``pytest -n``) tells the one that reports what it used."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["versions"] = session.config.stash[_VERSIONS]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Beside a test that failed stands what the broker had to say."""
+    report: pytest.TestReport = yield
+    log = item.config.stash.get(_BROKER_LOG, None)
+    if report.failed and log and log.is_file():
+        lines = log.read_text(errors="replace").splitlines()
+        warnings = [line for line in lines if " WARN " in line or " ERROR " in line]
+        report.sections.append(("Kafka's warnings", "\n".join(warnings[-_NUM_WARNINGS:])))
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -81,6 +97,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def kafka(stack: Stack, request: pytest.FixtureRequest) -> str:
     """A running broker's bootstrap servers; no topics in it yet."""
+    request.config.stash[_BROKER_LOG] = stack.settings.state_dir / "kafka" / "logs" / "broker.log"
     return _started(stack, "kafka", request.config).endpoint
 
 

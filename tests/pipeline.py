@@ -24,6 +24,7 @@ from inference.engine import Engine
 from inference.hosted import HostedModels
 from schemas.messages import MarketEvent
 from schemas.settings import Settings, as_environment
+from tapeline.lag import lane_lags
 from tapeline.producer import MarketEventProducer
 from tapeline.subscriber import FeatureRecord, FeatureSubscriber
 from tapeline.topics import ensure_topics
@@ -104,6 +105,8 @@ class RunningWorker:
             return wait_until(ended, LONG_S, f"{num_records} records of lane {lane}")
         except TimeoutError as error:
             error.add_note(f"it is at {self.statistics()}")
+            for lag in lane_lags(self._settings, [self._settings.lane(lane)]):
+                error.add_note(str(lag))
             raise
 
     def stop(self) -> WorkerStatistics:

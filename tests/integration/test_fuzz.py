@@ -1,6 +1,7 @@
 """Ten thousand records that should not be there, through a real broker and a running worker."""
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable
 from random import Random
 
@@ -172,8 +173,17 @@ def dead_letters(settings: Settings, num_letters: int) -> list[DeadLetter]:
             letters.append(CODEC.decode_dead_letter(message.value(), message.headers()))
         return len(letters) >= num_letters
 
-    wait_until(enough, LONG_S, f"{num_letters} letters")
-    consumer.close()
+    try:
+        wait_until(enough, LONG_S, f"{num_letters} letters")
+    except TimeoutError as error:
+        by_source = Counter(one.source_partition for one in letters)
+        error.add_note(f"{len(letters)} came, by source's partition {by_source}")
+        for place in consumer.position([TopicPartition(lane.dlq_topic, one) for one in partitions]):
+            first, end = consumer.get_watermark_offsets(place, LONG_S)
+            error.add_note(f"partition {place.partition}: at {place.offset} of {first} to {end}")
+        raise
+    finally:
+        consumer.close()
     return letters
 
 
