@@ -29,7 +29,7 @@ from tapeline.producer import MarketEventProducer
 from tapeline.subscriber import FeatureRecord, FeatureSubscriber
 from tapeline.topics import ensure_topics
 
-LONG_S = 60.0
+LONG_S = 120.0  # a busy machine stood still for a minute, twice
 
 
 class RunningWorker:
