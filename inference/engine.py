@@ -71,8 +71,8 @@ class Engine:
     """An artifact on a device, warm, with a few batch shapes ("buckets") that give equal bits.
 
     Construction takes seconds: it runs every bucket, drops those whose kernels round differently,
-    and compares the artifact's reference outputs. Calls block and must not overlap: give an engine
-    one thread (``LocalInferencer`` does).
+    and compares the artifact's reference outputs. Calls block; of several threads they take turns,
+    for they share its buffers. Give an engine one thread (``LocalInferencer`` does).
 
     A shape that the device has no memory for is given up, and its rows run in smaller ones.
 
@@ -109,6 +109,7 @@ class Engine:
         self._artifact = artifact
         self.precision = artifact.precision
         self._num_threads = num_threads
+        self._turn = threading.Lock()
         self._sleeps = gpu_wait == "sleep"
         self._device = resolve_device(device)
         if self._device.type == "cuda":
@@ -136,6 +137,10 @@ class Engine:
             TransientError: the device is out of memory.
         """
         check_windows(self._artifact.config, windows.shape, str(windows.dtype))
+        with self._turn:
+            return self._infer(windows)
+
+    def _infer(self, windows: NDArray[np.float32]) -> Inference:
         while True:
             plan = self._plan(len(windows))
             try:

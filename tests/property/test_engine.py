@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def bits_of(engine: Engine, windows: Windows) -> list[bytes]:
 def bits_alone(config: ModelConfig, num_threads: int, max_batch: int = MAX_BATCH) -> list[bytes]:
     engine = engine_of(config, num_threads, max_batch)
     return [bits_of(engine, window[None])[0] for window in pool(config)]
+
+
+def test_calls_of_several_threads_take_turns() -> None:
+    """They share the engine's buffers: side by side they would fail, or get each other's rows."""
+    engine, expected = engine_of(TINY), bits_alone(TINY, 1)
+
+    def ask(num_windows: int) -> None:
+        for _ in range(300):
+            assert bits_of(engine, pool(TINY)[:num_windows]) == expected[:num_windows]
+
+    with ThreadPoolExecutor() as threads:
+        for done in [threads.submit(ask, num_windows) for num_windows in (1, 3, 7, 19)]:
+            done.result()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
