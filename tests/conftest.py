@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Beside a test that failed stands what the broker had to say."""
-    report: pytest.TestReport = yield
+    report = yield
     log = item.config.stash.get(_BROKER_LOG, None)
     if report.failed and log and log.is_file():
         lines = log.read_text(errors="replace").splitlines()
