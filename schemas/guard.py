@@ -16,10 +16,10 @@ class GuardSettings(Section):
     ``hysteresis`` < target < max, for every resource.
     """
 
-    cpu: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="Whether the processor counts; `auto`: unless the model runs on it, where "
-        "small micro-batches cost more of it than large ones.",
+    cpu: bool = Field(
+        False,
+        description="Whether the processor counts. Small micro-batches cost more of it than large "
+        "ones.",
     )
     cpu_target: Fraction = Field(
         0.70, description="In use above it, the largest micro-batch is halved once a second."
@@ -31,7 +31,9 @@ class GuardSettings(Section):
     memory_target: Fraction = Field(0.75, description="As `guard.cpu_target`.")
     memory_max: Fraction = Field(0.90, description="As `guard.cpu_max`.")
     gpu_memory: bool = Field(
-        True, description="Whether GPU memory counts, where the model runs on one."
+        False,
+        description="Whether GPU memory counts, where the model runs on one. An engine keeps what "
+        "it took at its start, however small micro-batches are.",
     )
     gpu_memory_target: Fraction = Field(0.60, description="As `guard.cpu_target`.")
     gpu_memory_max: Fraction = Field(0.80, description="As `guard.cpu_max`.")
@@ -64,10 +66,9 @@ class GuardSettings(Section):
 
     def watched(self, device: str) -> tuple[Resource, ...]:
         """The resources that count with the model on that device, ``cpu`` or ``cuda``."""
-        on_gpu = device != "cpu"
         counts = {
-            "cpu": self.cpu == "on" or (self.cpu == "auto" and on_gpu),
+            "cpu": self.cpu,
             "memory": self.memory,
-            "gpu_memory": self.gpu_memory and on_gpu,
+            "gpu_memory": self.gpu_memory and device != "cpu",
         }
         return tuple(one for one in RESOURCES if counts[one])

@@ -14,7 +14,11 @@ from inference.optimize import optimize
 from inference.seeded import seeded_artifact
 from schemas.errors import TransientError
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch lays an LSTM's weights together in every precision but bf16 (2.15), and says so.
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part:UserWarning"),
+]
 
 ARTIFACT = seeded_artifact(config=ModelConfig(score_names=("up", "down")))
 WINDOWS = typical_windows(ARTIFACT.config, ARTIFACT.normalisation, 700, seed=9)

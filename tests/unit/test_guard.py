@@ -49,7 +49,7 @@ def test_thresholds_are_those_of_the_design() -> None:
         ({"memory_target": 0.9}, r"memory_target \(0\.9\) must be below memory_max \(0\.9\)"),
         ({"cpu_max": 0.5}, r"cpu_target \(0\.7\) must be below cpu_max \(0\.5\)"),
         ({"hysteresis": 0.6}, r"gpu_memory_target \(0\.6\) must be above hysteresis \(0\.6\)"),
-        ({"cpu": "sometimes"}, "guard.cpu"),
+        ({"cpu": "auto"}, "guard.cpu"),
         ({"memory_max": 1.5}, "guard.memory_max"),
         ({"memory_limit": 0.5}, "unknown setting 'memory_limit'"),
     ],
@@ -63,10 +63,10 @@ def test_thresholds_out_of_order_are_refused(overrides: dict[str, Any], sentence
     ("settings", "device", "watched"),
     [
         ({}, "cpu", ("memory",)),
-        ({}, "cuda", ("cpu", "memory", "gpu_memory")),
-        ({"cpu": "on"}, "cpu", ("cpu", "memory")),
-        ({"cpu": "off"}, "cuda", ("memory", "gpu_memory")),
-        ({"memory": False, "gpu_memory": False}, "cuda", ("cpu",)),
+        ({}, "cuda", ("memory",)),  # else a GPU's engines, once built, would hold it back for ever
+        ({"cpu": True}, "cpu", ("cpu", "memory")),
+        ({"gpu_memory": True}, "cpu", ("memory",)),
+        ({"cpu": True, "memory": False, "gpu_memory": True}, "cuda", ("cpu", "gpu_memory")),
     ],
 )
 def test_what_counts_depends_on_where_the_model_runs(
@@ -152,7 +152,7 @@ def test_held_lane_queues_what_its_share_comes_to_in_a_second() -> None:
 def test_worker_shows_what_the_guard_saw_and_did() -> None:
     registry = CollectorRegistry()
     description = ModelDescription("m@1", "market50-v1", 50, 60, 4, ())
-    settings = load_settings(redis={"url": None}, guard={"cpu": "on"})
+    settings = load_settings(redis={"url": None}, guard={"cpu": True})
 
     async def build() -> Worker:
         inferencer = LocalInferencer(FakeModel(lambda _: pytest.fail("never called"), description))
