@@ -37,7 +37,7 @@ class ResourceMeter:
     """
 
     def __init__(self, *, gpu: bool) -> None:
-        self._cores = _allowed_cores()
+        self._cores = allowed_cores()
         self._busy_s, self._all_s = self._cpu_seconds()
         self._group = ControlGroup()
         self._gpus = _open_gpus() if gpu else []
@@ -164,7 +164,8 @@ def _words(path: Path) -> list[str]:
         return []
 
 
-def _allowed_cores() -> set[int]:
+def allowed_cores() -> set[int]:
+    """The numbers of the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import redis
 
 from schemas.errors import ConfigError
+from schemas.resources import allowed_cores
 from schemas.settings import Settings
 from tapeline.processes import RecordFile, find_program, is_port_free, program_output
 from tapeline.topics import cluster_metadata
@@ -34,12 +35,14 @@ _TOOL_TIMEOUT_S = 60.0
 _NUM_LAST_WORDS = 4
 _ERROR = re.compile("error|fatal|exception", re.IGNORECASE)
 _HEAP = ("-Xms256m", "-Xmx512m")
-# G1 with Kafka's own pause target: a pause of the broker is latency in every lane. C1 alone: on two
-# cores C2 compiled for most of a broker's first minute, and took the processor's time for it.
+# G1 with Kafka's own pause target: a pause of the broker is latency in every lane.
 _JVM = (
-    *_HEAP, "-server", "-XX:TieredStopAtLevel=1", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20",
-    "-Djava.awt.headless=true",
+    *_HEAP, "-server", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-Djava.awt.headless=true",
 )  # fmt: skip
+# C1 alone where there are few cores: on two, C2 compiled for most of a broker's first minute, and
+# took the processor's time for it. On many, what C2 compiles is worth it.
+_COMPILE_LITTLE = "-XX:TieredStopAtLevel=1"
+_FEW_CORES = 4
 
 
 def ops_folder() -> Path:
@@ -231,6 +234,7 @@ class KafkaService(Service):
         return [
             os.path.abspath(find_java()),
             *_JVM,
+            *([_COMPILE_LITTLE] if len(allowed_cores()) <= _FEW_CORES else []),
             f"-Dkafka.logs.dir={self._logs}",
             f"-Dlog4j2.configurationFile={ops_folder() / 'kafka' / 'log4j2.xml'}",
             "-cp",
