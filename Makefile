@@ -40,7 +40,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --require-hashes --requirement requirements.lock
 	$(BIN)/python -m uv pip install --quiet --no-deps --editable .
 	touch .venv/ready
 

@@ -12,7 +12,7 @@ channels (``benchmarks/compare/run_tapeline.py``), so that the stream is what is
 
 With ``--rate`` events then arrive at that rate, whether or not the workers keep up (open loop),
 from processes of up to 50,000 a second each: milliseconds from an event's append to its feature's,
-by the broker's clock, of one partition of the output topic.
+by the broker's clock, of the output topic's fullest partition.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from copy import copy
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -275,14 +276,14 @@ class _Ends:
         return first_s
 
     def latency(self, playing: Sequence[BaseProcess]) -> dict[str, float]:
-        """From append to append, of the first partition's features while a load is played.
+        """From append to append, of the fullest partition's features while a load is played.
 
         The first fifth is left out: the load's processes start. Raises SystemExit if the load was
         late.
         """
-        first = self._partitions[0]
-        end = self._consumer.get_watermark_offsets(first)[1]
-        self._consumer.assign([TopicPartition(first.topic, first.partition, end)])
+        ends = [self._consumer.get_watermark_offsets(one)[1] for one in self._partitions]
+        end, fullest = max(zip(ends, self._partitions, strict=True), key=itemgetter(0))
+        self._consumer.assign([TopicPartition(fullest.topic, fullest.partition, end)])
         found_ms: list[float] = []
         is_over, messages = False, list[Message]()
         while not is_over or messages:

@@ -38,10 +38,8 @@ class _Together(NamedTuple):
 def _together(items: Items, rows: Sequence[Any], kept: list[int]) -> list[_Together]:
     """The windows that are kept, by lane and inference: nearly always it is one of each."""
     lanes = set(map(lane_of, items.records))
-    if len(lanes) == 1 and len(kept) == len(rows):
-        inferences, places = zip(*rows, strict=True)
-        if len(set(map(id, inferences))) == 1:
-            return [_Together(lanes.pop(), inferences[0], kept, list(places))]
+    if len(lanes) == 1 and len(kept) == len(rows) and len({id(one) for one, _ in rows}) == 1:
+        return [_Together(lanes.pop(), rows[0][0], kept, [place for _, place in rows])]
     groups: dict[tuple[str, int], _Together] = {}
     for index in kept:
         lane, (inference, place) = items.records[index].lane, rows[index]
