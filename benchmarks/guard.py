@@ -30,7 +30,7 @@ from tapeline.machine import this_machine
 from tapeline.processes import free_ports
 
 _BESIDE = "background"
-_MODES = (False, True)
+_MODES = ("off", "on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Case(NamedTuple):
     """What is compared."""
 
     num_neighbours: int
-    is_on: bool
+    mode: str
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
 
     machine = str(this_machine())
     plays: dict[Case, list[Play]] = {
-        Case(int(num), is_on): [] for num, is_on in product(options.neighbours.split(","), _MODES)
+        Case(int(num), mode): [] for num, mode in product(options.neighbours.split(","), _MODES)
     }
     with parts(metrics={"port": free_ports(1)[0]}) as settings:
         steady, beside = (
@@ -83,8 +83,8 @@ def main() -> None:
             for lane, rate_hz in ((FIRST_LANE, options.rate), (_BESIDE, options.beside))
         )
         for number in range(options.rounds):
-            for is_on in in_turn(_MODES, number, options.rounds):
-                for case in [one for one in plays if one.is_on == is_on]:
+            for mode in in_turn(_MODES, number, options.rounds):
+                for case in [one for one in plays if one.mode == mode]:
                     plays[case].append(_play(settings, case, steady, beside, options.seconds))
     medians = {case: _median(some) for case, some in plays.items()}
     if options.json:
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _play(settings: Settings, case: Case, steady: Feed, beside: Feed, seconds: float) -> Play:
-    guard = settings.guard.model_copy(update={"cpu": case.is_on})
+    guard = settings.guard.model_copy(update={"cpu": case.mode == "on"})
     with own_topics(settings.model_copy(update={"guard": guard}), settings.lanes) as own:
         with processor(own) as process:
             warm_up(own, [steady, beside])
@@ -164,7 +164,7 @@ def _table(medians: Mapping[Case, Play]) -> str:
         lines.append(
             [
                 str(case.num_neighbours),
-                "on" if case.is_on else "off",
+                f"`{case.mode}`",
                 *(f"{figure:.0f}" for figure in rates),
                 f"{one.cpu_ms:.2f}",
                 f"{one.used:.0%}",
