@@ -197,6 +197,17 @@ class LanePoller:
         while not self._to_commit.empty():
             self._commit(self._to_commit.get(), asynchronous=True)
 
+    def _withdraw_commits(self, partitions: Sequence[Partition]) -> None:
+        """Drops what still waits to be sent for partitions that go.
+
+        Sent later it would put the commit back behind the last one, this worker's or the next
+        owner's: the broker asks who is in the group, not whose the partition is.
+        """
+        kept: list[CommitPoint] = []
+        while not self._to_commit.empty():
+            kept += [one for one in self._to_commit.get() if one.partition not in partitions]
+        self.commit(kept)
+
     def _commit(self, points: Sequence[CommitPoint], *, asynchronous: Literal[True, False]) -> None:
         offsets = [
             TopicPartition(*one.partition, one.offset, encode_metadata(one)) for one in points
@@ -327,7 +338,9 @@ class LanePoller:
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.statistics.num_revoked += len(partitions)
-        points = self._on_loop(self._sink.revoked(_names(partitions), lost=False))
+        names = _names(partitions)
+        points = self._on_loop(self._sink.revoked(names, lost=False))
+        self._withdraw_commits(names)
         if points:
             self._commit(points, asynchronous=False)
         self._unassign(consumer, partitions)
@@ -335,7 +348,9 @@ class LanePoller:
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.statistics.num_lost += len(partitions)
-        self._on_loop(self._sink.revoked(_names(partitions), lost=True))
+        names = _names(partitions)
+        self._on_loop(self._sink.revoked(names, lost=True))
+        self._withdraw_commits(names)
         self._unassign(consumer, partitions)
 
     def _unassign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
