@@ -53,7 +53,7 @@ _TAPE_EVENTS = 50_000
 _WARM_UP_PER_SYMBOL = 200
 _TICK_S = 0.1
 _RATE_OF_ONE_HZ = 50_000.0
-_SENT_AT_ONCE = 50
+_SENT_EVERY_S = 0.001
 _MAX_LATE_S = 1.0
 _WORK_S = 300.0
 
@@ -143,9 +143,10 @@ class _Tape:
             Producer, client_config(settings, defaults=config, required=IDEMPOTENT)
         )
         topic = settings.lane(_LANE).topic
+        at_once = max(1, int(rate_hz * _SENT_EVERY_S)) if rate_hz < math.inf else num_events
         begun_s, late_s = time.monotonic(), 0.0
         for sent in range(num_events):
-            if sent % _SENT_AT_ONCE == 0 and rate_hz < math.inf:
+            if sent % at_once == 0 and rate_hz < math.inf:
                 ahead_s = begun_s + sent / rate_hz - time.monotonic()
                 late_s = max(late_s, -ahead_s)
                 time.sleep(max(ahead_s, 0))
