@@ -21,9 +21,11 @@ DONE, DONE_BEFORE, SAID_LAST = 5, 2, 1
 class Owner:
     """Owns partitions; every one that goes was done up to ``DONE``, and a commit of less waits."""
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, settings: Settings, loop: asyncio.AbstractEventLoop, instance_id: str | None
+    ) -> None:
         self.owned: set[Partition] = set()
-        self.poller = LanePoller(settings.lane(LANE), settings, self, loop)
+        self.poller = LanePoller(settings.lane(LANE), settings, self, loop, instance_id)
 
     def put(self, lane: str, records: list[Record]) -> None:
         raise AssertionError("there is nothing to poll")
@@ -46,9 +48,13 @@ class Owner:
         return [CommitPoint(one, DONE, 0) for one in partitions]
 
 
-@pytest.mark.parametrize("group_protocol", ["classic", "consumer"])
+@pytest.mark.parametrize(
+    ("group_protocol", "names"),
+    [("classic", (None, None)), ("classic", ("one", "two")), ("consumer", (None, None))],
+    ids=["cooperative", "static", "consumer"],
+)
 async def test_a_commit_that_waits_does_not_follow_its_partition(
-    make_settings: MakeSettings, group_protocol: str
+    make_settings: MakeSettings, group_protocol: str, names: tuple[str | None, str | None]
 ) -> None:
     """Sent after the last one, it would put the offset back, and nobody would put it forward."""
     settings = make_settings(worker={"group_protocol": group_protocol})
@@ -61,13 +67,15 @@ async def test_a_commit_that_waits_does_not_follow_its_partition(
     async def until(predicate: Callable[[], object], what: str) -> None:
         await asyncio.to_thread(wait_until, predicate, LONG_S, what)
 
-    first, second = (Owner(settings, asyncio.get_running_loop()) for _ in range(2))
+    first, second = (Owner(settings, asyncio.get_running_loop(), name) for name in names)
     try:
         first.poller.start()
         await until(lambda: len(first.owned) == all_partitions, "the first to own all")
         second.poller.start()
         await until(
-            lambda: second.owned and len(first.owned | second.owned) == all_partitions,
+            lambda: (
+                second.owned and first.owned and len(first.owned | second.owned) == all_partitions
+            ),
             "both to own some",
         )
         first.poller.commit([CommitPoint(one, SAID_LAST, 0) for one in first.owned])
