@@ -197,17 +197,6 @@ class LanePoller:
         while not self._to_commit.empty():
             self._commit(self._to_commit.get(), asynchronous=True)
 
-    def _withdraw_commits(self, partitions: Sequence[Partition]) -> None:
-        """Drops what still waits to be sent for partitions that go.
-
-        Sent later it would put the commit back behind the last one, this worker's or the next
-        owner's: the broker asks who is in the group, not whose the partition is.
-        """
-        kept: list[CommitPoint] = []
-        while not self._to_commit.empty():
-            kept += [one for one in self._to_commit.get() if one.partition not in partitions]
-        self.commit(kept)
-
     def _commit(self, points: Sequence[CommitPoint], *, asynchronous: Literal[True, False]) -> None:
         offsets = [
             TopicPartition(*one.partition, one.offset, encode_metadata(one)) for one in points
@@ -330,7 +319,7 @@ class LanePoller:
         self._going_back.clear()
         self._note_place()  # perhaps an old one was why
         partitions = self._consumer.assignment()
-        self._on_loop(self._sink.revoked(_names(partitions), lost=True))
+        self._let_go(partitions, lost=True)
         for start in self._take_on(partitions):
             if start.offset == OFFSET_INVALID:
                 start.offset = OFFSET_BEGINNING
@@ -338,20 +327,30 @@ class LanePoller:
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.statistics.num_revoked += len(partitions)
-        names = _names(partitions)
-        points = self._on_loop(self._sink.revoked(names, lost=False))
-        self._withdraw_commits(names)
-        if points:
+        if points := self._let_go(partitions, lost=False):
             self._commit(points, asynchronous=False)
         self._unassign(consumer, partitions)
         self._note_place()
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.statistics.num_lost += len(partitions)
-        names = _names(partitions)
-        self._on_loop(self._sink.revoked(names, lost=True))
-        self._withdraw_commits(names)
+        self._let_go(partitions, lost=True)
         self._unassign(consumer, partitions)
+
+    def _let_go(self, partitions: list[TopicPartition], *, lost: bool) -> list[CommitPoint]:
+        """Tells the sink of partitions that go, and returns what to commit for them.
+
+        What still waits to be sent for them is dropped. Sent later it would put the commit back
+        behind the last one, this worker's or the next owner's: the broker asks who is in the group,
+        not whose the partition is.
+        """
+        names = _names(partitions)
+        points = self._on_loop(self._sink.revoked(names, lost=lost))
+        kept: list[CommitPoint] = []
+        while not self._to_commit.empty():
+            kept += [one for one in self._to_commit.get() if one.partition not in names]
+        self.commit(kept)
+        return points
 
     def _unassign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         if self._is_eager:
