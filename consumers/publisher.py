@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from consumers.parcels import Outgoing, Parcel
 from schemas.errors import TransientError
-from schemas.kafka import IDEMPOTENT, client_config, make_client
+from schemas.kafka import IDEMPOTENT, client_config, delivery_error, make_client
 from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -68,7 +68,7 @@ class _Acknowledgements:
     def note(self, error: KafkaError | None, message: Message) -> None:
         """librdkafka's delivery callback, one call a message."""
         self._missing -= 1
-        if error is not None:
+        if (error := delivery_error(error, message)) is not None:
             if not self._delivered.done():  # its first failure counts
                 text = f"{message.topic()} did not take a record: {error.str()}"
                 self._delivered.set_exception(TransientError(text))

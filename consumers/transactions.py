@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from consumers.offsets import encode_metadata
 from consumers.parcels import Outgoing, Parcel
 from consumers.publisher import make_producer, try_produce
 from consumers.records import CommitPoint
 from schemas.errors import AssignmentLost, ConfigError, TapelineError, TransientError
+from schemas.kafka import delivery_error
 from schemas.lanes import LaneSettings
 from schemas.settings import Settings
 
@@ -233,18 +234,43 @@ class LaneTransactions:
         timeout_s = self._request_timeout_s
         try:
             self._producer.begin_transaction()
-            for message in messages:
-                self._produce(message)
+            failures = self._produce(messages)
             self._retrying(
                 lambda: self._producer.send_offsets_to_transaction(offsets, place, timeout_s)
             )
+            self._retrying(self._flush)
+            if failures:
+                raise KafkaException(failures[0])
             self._retrying(lambda: self._producer.commit_transaction(timeout_s))
         except KafkaException as error:
             raise self._abort(error.args[0]) from error
 
-    def _produce(self, message: Outgoing) -> None:
-        while not try_produce(self._producer, message):
-            self._producer.poll(_RETRY_PAUSE_S)
+    def _produce(self, messages: Sequence[Outgoing]) -> Sequence[KafkaError]:
+        """Queues the messages; their failures are known once they are flushed.
+
+        Of those that share a key, and so a partition, only the first is asked after. Whatever else
+        fails fails the commit; a loss that librdkafka calls a delivery takes a partition's first.
+        """
+        failures: list[KafkaError] = []
+
+        def note(error: KafkaError | None, message: Message) -> None:
+            if error := delivery_error(error, message):
+                failures.append(error)
+
+        known: set[tuple[str, bytes]] = set()
+        for message in messages:
+            topic, key, _, _ = message
+            asked = not key or (topic, key) not in known
+            while not try_produce(self._producer, message, note if asked else None):
+                self._producer.poll(_RETRY_PAUSE_S)
+            if key:
+                known.add((topic, key))
+        return failures
+
+    def _flush(self) -> None:
+        if num_left := self._producer.flush(self._request_timeout_s):
+            text = f"{num_left} records are not acknowledged"
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, text, retriable=True))
 
     def _retrying(self, call: Callable[[], None]) -> None:
         """Calls until it is done: what librdkafka calls retriable goes on where it stopped."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from operator import methodcaller
 from typing import Any
 
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from schemas.errors import ConfigError
 from schemas.messages import Headers
@@ -62,6 +62,21 @@ def make_client(kind: Any, config: Mapping[str, Any]) -> Any:
     except KafkaException as error:
         reason = error.args[0].str()
         raise ConfigError(f"settings: kafka.client: {reason}") from error
+
+
+def delivery_error(error: KafkaError | None, message: Message) -> KafkaError | None:
+    """What a delivery callback has to take for the outcome; None once the broker has the record.
+
+    A broker before Kafka 4.5 may refuse a producer's first request to a partition, while its leader
+    is on its way, and take the second one, sent meanwhile (KAFKA-15591). The records of the first
+    are lost then, and librdkafka says that they were delivered, but at no offset.
+    """
+    if error is None and message.offset() is None:
+        return KafkaError(
+            KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER,
+            "the broker took later records and perhaps not this one",
+        )
+    return error
 
 
 _call_headers = methodcaller("headers")

@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import Codec
 from schemas.errors import ConfigError, TapelineError, TransientError
-from schemas.kafka import IDEMPOTENT, client_config, make_client
+from schemas.kafka import IDEMPOTENT, client_config, delivery_error, make_client
 from schemas.messages import Headers, MarketEvent
 from schemas.settings import Settings
 from tapeline.clients import check_kafka, missing_topic, settings_or_load
@@ -268,7 +268,7 @@ class MarketEventProducer:
         return ProducerStatistics(self._num_produced, self._num_acknowledged, self._num_failed)
 
     def _acknowledge(self, error: KafkaError | None, message: Message) -> None:
-        if error is None:
+        if (error := delivery_error(error, message)) is None:
             self._num_acknowledged += 1
             return
         self._num_failed += 1
@@ -279,7 +279,7 @@ class MarketEventProducer:
         self, on_delivery: Callable[[Delivery], None], error: KafkaError | None, message: Message
     ) -> None:
         self._acknowledge(error, message)
-        if error is None:
+        if delivery_error(error, message) is None:
             on_delivery(_delivery(message))
 
     def _raise_failure(self) -> None:
@@ -399,7 +399,7 @@ class AsyncMarketEventProducer:
     def _note(
         self, answer: asyncio.Future[Delivery], error: KafkaError | None, message: Message
     ) -> None:
-        self._answers.append((answer, error, message))
+        self._answers.append((answer, delivery_error(error, message), message))
 
     def _resolve(
         self, answers: list[tuple[asyncio.Future[Delivery], KafkaError | None, Message]]
@@ -422,6 +422,5 @@ def _delivery(message: Message) -> Delivery:
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     assert topic is not None
     assert partition is not None
-    return Delivery(
-        topic, partition, -1 if offset is None else offset, message.timestamp()[1] * 1000
-    )
+    assert offset is not None
+    return Delivery(topic, partition, offset, message.timestamp()[1] * 1000)

@@ -7,7 +7,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Literal
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._metadata import ClusterMetadata
 from confluent_kafka.cimpl import NewTopic
@@ -15,6 +15,7 @@ from confluent_kafka.cimpl import NewTopic
 from schemas.errors import ConfigError, TransientError
 from schemas.kafka import client_config, make_client
 from schemas.settings import Settings
+from tapeline.clients import list_offsets
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 _DLQ_HEADER_BYTES = 1024 * 1024  # on top of the largest record: the headers that say why
@@ -113,7 +114,7 @@ def ensure_topics(
     """Creates what is missing of ``topics`` (the lanes') and returns when all can be written to.
 
     A topic that exists is left as it is; one with another number of partitions is reported as a
-    mismatch. Blocks for at most three times kafka.timeout_s.
+    mismatch. Blocks for at most four times kafka.timeout_s.
 
     Raises:
         ConfigError: no broker answers, or it refuses to create a topic.
@@ -125,6 +126,14 @@ def ensure_topics(
     missing = [spec for spec in wanted if spec.name not in before.topics]
     created = _create(admin, missing, settings.kafka.timeout_s)
     after = _wait_for_leaders(settings, admin, wanted)
+    # A leader that is named may not know it yet. It refuses records then, and may take later ones
+    # sooner than those sent again (schemas.kafka.delivery_error); so it must answer first.
+    partitions = [
+        TopicPartition(spec.name, number)
+        for spec in wanted
+        for number in after.topics[spec.name].partitions
+    ]
+    list_offsets(admin, settings, partitions, latest=True)
     return [
         TopicStatus(spec.name, "created", spec.num_partitions)
         if spec.name in created

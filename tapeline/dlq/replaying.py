@@ -15,7 +15,7 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from consumers.envelopes import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER
-from schemas.kafka import IDEMPOTENT, client_config, make_client
+from schemas.kafka import IDEMPOTENT, client_config, delivery_error, make_client
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
 from tapeline.dlq.letters import Closed, Letter, LetterId, Unreadable, receipt_headers
@@ -181,7 +181,7 @@ class _Replay:
             pass
 
     def _answer(self, id: LetterId, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
+        if (error := delivery_error(error, message)) is not None:
             self._refuse(id, error)
             return
         self.receipts.put(id, "replayed")
@@ -242,7 +242,7 @@ class Receipts:
         return num_handed
 
     def _answer(self, error: KafkaError | None, message: Message) -> None:
-        if error is None:
+        if (error := delivery_error(error, message)) is None:
             self.num_written += 1
         else:
             self.failure = error

@@ -22,6 +22,7 @@ from confluent_kafka.admin import (
     ConfigResource,
     ResourceType,
 )
+from late_leader import late_leader
 from typer.testing import CliRunner
 from waiting import wait_until
 
@@ -362,6 +363,22 @@ def test_a_replay_that_the_topic_refuses_leaves_the_letter_open(dlq: Dlq) -> Non
     set_config(dlq, topic, "max.message.bytes", "1000000")
     assert dlq.json("replay", "--all")["replayed"] == 1
     assert set(dlq.states().values()) == {"replayed"}
+
+
+def test_a_replay_that_the_broker_lost_leaves_the_letter_open(dlq: Dlq) -> None:
+    """See test_late_leader: librdkafka calls it delivered."""
+    ids = dlq.bury(*(Original(b"A", str(number).encode()) for number in range(40)))
+    topic, kafka = dlq.settings.lane("realtime").topic, dlq.settings.kafka
+    with late_leader(kafka.bootstrap_servers, topic) as late:
+        client = {"batch.num.messages": 4, "linger.ms": 20}
+        through = {"bootstrap_servers": late.bootstrap_servers, "client": client}
+        settings = dlq.settings.model_copy(update={"kafka": kafka.model_copy(update=through)})
+        report = replay(settings, read_letters(dlq.settings, ids))
+    assert late.num_refused == 1
+    kept = {record.value() for record in dlq.records(topic)}
+    assert report.num_failed > 0
+    assert report.num_replayed == len(kept)
+    assert list(dlq.states().values()).count("open") == 40 - len(kept)
 
 
 def test_a_letter_of_no_topic_stays_open_and_makes_none(dlq: Dlq) -> None:
