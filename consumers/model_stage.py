@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from consumers.admission import Admission
 from consumers.bisection import infer_each
 from consumers.cached import CachedInference, Outcome
 from consumers.channels import channel_set
@@ -30,20 +29,19 @@ class ModelStage:
     """A worker's side of the model. ``open`` it first.
 
     Args:
-        num_waiting: records that wait for a micro-batch.
+        is_idle: whether no record waits and no micro-batch is at the model.
     """
 
     def __init__(
         self,
         settings: Settings,
         inferencer: Inferencer,
-        admission: Admission,
         service_times: ServiceTimes,
-        num_waiting: Callable[[], int],
+        *,
+        is_idle: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._inferencer = inferencer
-        self._admission = admission
         self._service_times = service_times
         self._cached_lanes = {lane.name for lane in settings.active_lanes if lane.cache}
         self._cache: FeatureCache | None = None
@@ -51,8 +49,7 @@ class ModelStage:
         self._batch_sizes: Counter[int] = Counter()
         self._model: ModelDescription | None = None
         self._rollout = RolloutFollower(settings.model.store, inferencer, self._serve)
-        self._shadow = Shadow(inferencer, lambda: not num_waiting() and not admission.num_calls)
-        self.answered = asyncio.Event()
+        self._shadow = Shadow(inferencer, is_idle)
         self.requests = RequestMeter([lane.name for lane in settings.active_lanes])
 
     async def open(self) -> ModelDescription:
@@ -172,14 +169,8 @@ class ModelStage:
 
     async def _call(self, windows: NDArray[np.float32], version: str | None) -> Inference:
         begun_s = time.monotonic()
-        call = self._admission.begin(len(windows), begun_s)
-        try:
-            inference = await self._inferencer.infer(windows, version)
-        finally:
-            ended_s = time.monotonic()
-            self._admission.end(call, ended_s)
-            self.answered.set()
-        self._service_times.observe(len(windows), begun_s, ended_s)
+        inference = await self._inferencer.infer(windows, version)
+        self._service_times.observe(len(windows), begun_s, time.monotonic())
         return inference
 
     def _serve(self, model: ModelDescription) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 from prometheus_client.registry import REGISTRY, CollectorRegistry
 
-from consumers.admission import Admission
+from consumers.admission import Admission, Call
 from consumers.assignments import Assignments, StalledHead
 from consumers.budget import BatchTimes, LatencyBudget
 from consumers.channels import channel_set
@@ -105,9 +105,8 @@ class Worker:
         self._model = ModelStage(
             settings,
             inferencer,
-            self._admission,
             self._service_times,
-            lambda: len(self._scheduler),
+            is_idle=lambda: not len(self._scheduler) and not self._admission.num_calls,
         )
         self._tracing = tracing
         self._packer: Packer | None = None
@@ -116,6 +115,7 @@ class Worker:
         self._slots = asyncio.Semaphore(worker.max_in_flight)
         self._room = asyncio.Semaphore(max(worker.max_unacknowledged, worker.max_in_flight))
         self._arrived = asyncio.Event()
+        self._answered = asyncio.Event()
         self._advanced = asyncio.Condition()
         self._stopping = asyncio.Event()
         self._commits_in_transactions = worker.delivery == "exactly_once"
@@ -284,7 +284,9 @@ class Worker:
         begun_s = time.monotonic()
         batch = await self._intake.prepare(records)
         self._admission.prepared(len(records), begun_s, time.monotonic())
-        finish = self._finish(batch)
+        # Now, not once the task runs: the next micro-batch would find the model free until then.
+        call = self._admission.begin(batch.items.num, time.monotonic())
+        finish = self._finish(batch, call)
         try:
             finishing = self._tasks.create_task(finish)
         except RuntimeError:  # the group takes no more: something has failed meanwhile
@@ -308,16 +310,18 @@ class Worker:
         num_records = min(len(self._scheduler), self._scheduler.limit(now_us))
         wait_s = self._admission.wait_s(num_records, time.monotonic())
         if wait_s > 0:
-            self._model.answered.clear()
+            self._answered.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    await self._model.answered.wait()
+                    await self._answered.wait()
 
-    async def _finish(self, batch: MicroBatch) -> None:
+    async def _finish(self, batch: MicroBatch, call: Call) -> None:
         """Infers, waits for the turn of its partitions, sends, and marks what is done."""
         try:
             rows = await self._model.infer(batch)
         finally:
+            self._admission.end(call, time.monotonic())
+            self._answered.set()
             self._slots.release()
         times = BatchTimes(batch.taken_us, batch.given_us, self._now_us())
         for turn in batch.turns:
