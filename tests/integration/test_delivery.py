@@ -4,8 +4,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -314,14 +315,35 @@ def test_a_flood_of_dead_letters_stops_the_worker(
 class Held(LocalInferencer):
     """The engine, which answers only while it is let."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(FakeModel(self._infer_when_let, engine.describe()))
-        self.let = threading.Event()
+    def __init__(self, engine: Engine, bucket_s: Mapping[int, float] | None = None) -> None:
+        description = engine.describe()
+        expected_s = bucket_s or description.bucket_s
+        super().__init__(FakeModel(self._infer_when_let, replace(description, bucket_s=expected_s)))
+        self.asked, self.let = threading.Event(), threading.Event()
         self._engine = engine
 
     def _infer_when_let(self, windows: NDArray[np.float32]) -> Inference:
+        self.asked.set()
         self.let.wait(LONG_S)
         return self._engine.infer(windows)
+
+
+def test_a_micro_batch_is_not_filled_while_the_model_is_busy(
+    make_settings: MakeSettings, engine: Engine
+) -> None:
+    """Not even in the moment before the call to the model begins."""
+    settings = make_settings(lanes={"realtime": {"max_batch": 4}}, kafka={"num_partitions": 1})
+    ensure_topics(settings)
+    events = tape(WARM_UP + 21, num_symbols=1)
+    produce(settings, events, "realtime")
+    held = Held(engine, bucket_s={4: LONG_S})
+    with running_worker(settings, engine, held) as worker:
+        try:
+            assert held.asked.wait(LONG_S)
+            assert worker.statistics().scheduled["realtime"] == WARM_UP + 1
+        finally:
+            held.let.set()
+        worker.wait_until_ended("realtime", len(events))
 
 
 def test_a_head_that_does_not_move_is_named(make_settings: MakeSettings, engine: Engine) -> None:
