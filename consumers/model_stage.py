@@ -103,8 +103,12 @@ class ModelStage:
             if isinstance(outcome, PoisonRecord)
         )
         self.requests.ended(lanes, failed, time.monotonic() - begun_s)
-        self._shadow.offer(self._rollout.shadow, batch.windows, outcomes)
         return outcomes
+
+    def compare(self, batch: MicroBatch, outcomes: list[Outcome]) -> None:
+        """Has the shadow version compute some of the same windows, if nothing wants the model."""
+        if batch.items.num:
+            self._shadow.offer(self._rollout.shadow, batch.windows, outcomes)
 
     async def _outcomes(self, batch: MicroBatch) -> list[Outcome]:
         """By the version that each symbol is for."""

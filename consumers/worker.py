@@ -323,6 +323,7 @@ class Worker:
             self._admission.end(call, time.monotonic())
             self._answered.set()
             self._slots.release()
+        self._model.compare(batch, rows)
         times = BatchTimes(batch.taken_us, batch.given_us, self._now_us())
         for turn in batch.turns:
             await turn

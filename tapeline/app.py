@@ -1,6 +1,7 @@
 """The whole processor, started here: as one Ray Serve application, or in a plain process."""
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -154,6 +155,7 @@ def stop_limit_s(settings: Settings) -> float:
 def _end_process_after(limit_s: float) -> None:
     def end() -> None:
         structlog.get_logger(__name__).error("worker_hangs", limit_s=limit_s)
+        faulthandler.dump_traceback()  # where each thread stands, to stderr
         os._exit(1)
 
     timer = threading.Timer(limit_s, end)

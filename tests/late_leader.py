@@ -3,9 +3,9 @@
 import asyncio
 import struct
 import threading
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Literal
 
 _LENGTH = struct.Struct(">i")
 _HEAD = struct.Struct(">h")
@@ -30,38 +30,35 @@ class LateLeader:
         self._no_topic = b"x" * len(self._topic)
         self._request = request
         self._held: bytes | None = None
-        self._connections: set[asyncio.Task[None]] = set()
         self.bootstrap_servers = ""
         self.num_refused = 0
 
-    async def open(self) -> None:
-        self._server = await asyncio.start_server(self._join, self._host, 0)
-        self._own_port = self._server.sockets[0].getsockname()[1]
+    async def serve(self, ready: threading.Event) -> None:
+        """Until ``stop``; whoever runs this cancels the connections that are left."""
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._join, self._host, 0)
+        self._own_port = server.sockets[0].getsockname()[1]
         self.bootstrap_servers = f"{self._host}:{self._own_port}"
+        ready.set()
+        await self._stopping.wait()
+        server.close()
+        await asyncio.sleep(0)  # for a connection that has not begun, and could not end
 
-    async def close(self) -> None:
-        self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
 
     async def _join(self, client: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._connections.add(task)
-        broker, requests = await asyncio.open_connection(self._host, self._port)
-        ways = self._ask(client, requests), self._answer(broker, answers)
-        both = [asyncio.create_task(way) for way in ways]
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in both:
-                way.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
-            for writer in (requests, answers):
-                writer.close()
-                with suppress(ConnectionError):
-                    await writer.wait_closed()
+        async with _closing(answers):
+            broker, requests = await asyncio.open_connection(self._host, self._port)
+            async with _closing(requests):
+                ways = self._ask(client, requests), self._answer(broker, answers)
+                both = [asyncio.create_task(way) for way in ways]
+                try:
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for way in both:
+                        way.cancel()
+                    await asyncio.gather(*both, return_exceptions=True)
 
     async def _ask(self, client: asyncio.StreamReader, requests: asyncio.StreamWriter) -> None:
         while True:
@@ -90,6 +87,16 @@ class LateLeader:
             answers.write(_LENGTH.pack(len(frame)) + frame)
 
 
+@asynccontextmanager
+async def _closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 async def _read(stream: asyncio.StreamReader) -> bytes:
     (length,) = _LENGTH.unpack(await stream.readexactly(_LENGTH.size))
     return await stream.readexactly(length)
@@ -101,20 +108,12 @@ def late_leader(
 ) -> Iterator[LateLeader]:
     """One that serves on a thread of its own."""
     leader = LateLeader(bootstrap_servers, topic, request)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(leader.serve(ready)))
     thread.start()
-
-    def on_loop(call: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(call, loop).result(10)
-
+    assert ready.wait(10)
     try:
-        on_loop(leader.open())
-        try:
-            yield leader
-        finally:
-            on_loop(leader.close())
+        yield leader
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        leader.stop()
         thread.join(10)
-        loop.close()

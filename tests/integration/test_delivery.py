@@ -79,8 +79,7 @@ def test_an_aborted_transaction_begins_again_at_the_last_commit(
         if num_calls % 2 == 0:
             return transact(self, messages, points, place)
         self._producer.begin_transaction()
-        for message in messages:
-            self._produce(message)
+        self._produce(messages)
         self._producer.flush(LONG_S)
         self._producer.abort_transaction(LONG_S)
         raise AssignmentLost("refused, for a test")
@@ -376,6 +375,7 @@ def test_a_process_that_hangs_in_its_stop_ends_itself() -> None:
     )
     assert ended.returncode == 1
     assert "worker_hangs" in ended.stderr + ended.stdout
+    assert "in wait" in ended.stderr, "where it hangs"
 
 
 @pytest.mark.parametrize(("across_lanes", "times"), [(True, 1), (False, 2)])
