@@ -257,14 +257,13 @@ class LaneTransactions:
             if error := delivery_error(error, message):
                 failures.append(error)
 
-        known: set[tuple[str, bytes]] = set()
+        known: set[tuple[str, bytes | None]] = set()
         for message in messages:
-            topic, key, _, _ = message
-            asked = not key or (topic, key) not in known
+            place = message[:2]  # topic and key
+            asked = not place[1] or place not in known
+            known.add(place)
             while not try_produce(self._producer, message, note if asked else None):
                 self._producer.poll(_RETRY_PAUSE_S)
-            if key:
-                known.add((topic, key))
         return failures
 
     def _flush(self) -> None:

@@ -278,8 +278,9 @@ class MarketEventProducer:
     def _deliver(
         self, on_delivery: Callable[[Delivery], None], error: KafkaError | None, message: Message
     ) -> None:
+        error = delivery_error(error, message)
         self._acknowledge(error, message)
-        if delivery_error(error, message) is None:
+        if error is None:
             on_delivery(_delivery(message))
 
     def _raise_failure(self) -> None:

@@ -118,7 +118,8 @@ def ensure_topics(
 
     Raises:
         ConfigError: no broker answers, or it refuses to create a topic.
-        TransientError: the cluster accepted the topics but gave them no leaders in time.
+        TransientError: the cluster accepted the topics but gave them no leaders in time, or those
+            do not answer.
     """
     wanted = lane_topics(settings) if topics is None else topics
     admin = admin_client(settings)

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Literal
 
+from schemas.settings import Settings
+
 _LENGTH = struct.Struct(">i")
 _HEAD = struct.Struct(">h")
 _NUMBERS = {"produce": 0, "list_offsets": 2}  # Kafka's of its requests
@@ -43,6 +45,12 @@ class LateLeader:
         await self._stopping.wait()
         server.close()
         await asyncio.sleep(0)  # for a connection that has not begun, and could not end
+
+    def through(self, settings: Settings) -> Settings:
+        """The same, for clients that come this way and have several small requests under way."""
+        client = settings.kafka.client | {"batch.num.messages": 4, "linger.ms": 20}
+        update = {"bootstrap_servers": self.bootstrap_servers, "client": client}
+        return settings.model_copy(update={"kafka": settings.kafka.model_copy(update=update)})
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)

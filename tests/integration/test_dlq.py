@@ -368,12 +368,9 @@ def test_a_replay_that_the_topic_refuses_leaves_the_letter_open(dlq: Dlq) -> Non
 def test_a_replay_that_the_broker_lost_leaves_the_letter_open(dlq: Dlq) -> None:
     """See test_late_leader: librdkafka calls it delivered."""
     ids = dlq.bury(*(Original(b"A", str(number).encode()) for number in range(40)))
-    topic, kafka = dlq.settings.lane("realtime").topic, dlq.settings.kafka
-    with late_leader(kafka.bootstrap_servers, topic) as late:
-        client = {"batch.num.messages": 4, "linger.ms": 20}
-        through = {"bootstrap_servers": late.bootstrap_servers, "client": client}
-        settings = dlq.settings.model_copy(update={"kafka": kafka.model_copy(update=through)})
-        report = replay(settings, read_letters(dlq.settings, ids))
+    topic = dlq.settings.lane("realtime").topic
+    with late_leader(dlq.settings.kafka.bootstrap_servers, topic) as late:
+        report = replay(late.through(dlq.settings), read_letters(dlq.settings, ids))
     assert late.num_refused == 1
     kept = {record.value() for record in dlq.records(topic)}
     assert report.num_failed > 0

@@ -6,10 +6,9 @@ the first (KAFKA-15591). That must be noticed, whoever produces.
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-from late_leader import LateLeader, late_leader
+from late_leader import late_leader
 from pipeline import (
     RunningWorker,
     assert_once_and_in_order,
@@ -33,7 +32,6 @@ from tapeline.topics import ensure_topics
 MakeSettings = Callable[..., Settings]
 LANE = "realtime"
 NUM_EVENTS = 100
-BATCHES = {"batch.num.messages": 4, "linger.ms": 20}  # several under way at once
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +43,9 @@ def small_engine() -> Engine:
 @pytest.fixture
 def lane_settings(make_settings: MakeSettings) -> Settings:
     """One partition, whose topics exist."""
-    settings = make_settings(kafka={"num_partitions": 1, "client": BATCHES})
+    settings = make_settings(kafka={"num_partitions": 1})
     ensure_topics(settings)
     return settings
-
-
-def through(settings: Settings, leader: LateLeader, **more: Any) -> Settings:
-    kafka = settings.kafka.model_copy(update={"bootstrap_servers": leader.bootstrap_servers})
-    worker = settings.worker.model_copy(update=more)
-    return settings.model_copy(update={"kafka": kafka, "worker": worker})
 
 
 def events() -> list[MarketEvent]:
@@ -76,7 +68,7 @@ def test_a_producer_says_which_events_it_lost(lane_settings: Settings) -> None:
     sent = events()
     acknowledged: list[int] = []
     with late_leader(lane_settings.kafka.bootstrap_servers, lane_settings.lane(LANE).topic) as late:
-        producer = MarketEventProducer(through(lane_settings, late))
+        producer = MarketEventProducer(late.through(lane_settings))
         for event in sent:
             producer.produce(event, on_delivery=lambda one: acknowledged.append(one.offset))
         with pytest.raises(DeliveryFailed, match="perhaps not this one") as failure:
@@ -91,7 +83,7 @@ def test_a_producer_says_which_events_it_lost(lane_settings: Settings) -> None:
 async def test_an_asynchronous_producer_says_which_events_it_lost(lane_settings: Settings) -> None:
     sent = events()
     with late_leader(lane_settings.kafka.bootstrap_servers, lane_settings.lane(LANE).topic) as late:
-        async with AsyncMarketEventProducer(through(lane_settings, late)) as producer:
+        async with AsyncMarketEventProducer(late.through(lane_settings)) as producer:
             answers = await asyncio.gather(*map(producer.send, sent), return_exceptions=True)
     lost = {
         event.event_id
@@ -110,7 +102,7 @@ def test_at_least_once_ends_and_does_them_again(
     with late_leader(
         lane_settings.kafka.bootstrap_servers, lane_settings.lane(LANE).output_topic
     ) as late:
-        first = RunningWorker(through(lane_settings, late), local(small_engine))
+        first = RunningWorker(late.through(lane_settings), local(small_engine))
         try:
             with pytest.raises(TransientError, match="perhaps not this one"):
                 first.join()
@@ -129,13 +121,16 @@ def test_exactly_once_aborts_and_does_them_again(
 ) -> None:
     produce(lane_settings, events(), LANE)
     owed = events()[59:]
-    with late_leader(
-        lane_settings.kafka.bootstrap_servers, lane_settings.lane(LANE).output_topic
-    ) as late:
-        settings = through(lane_settings, late, delivery="exactly_once")
-        with running_worker(settings, small_engine) as worker:
-            received = features(lane_settings, len(owed))
-            assert worker.statistics().transactions[LANE].aborted_total == 1
+    worker_settings = lane_settings.worker.model_copy(update={"delivery": "exactly_once"})
+    exactly_once = lane_settings.model_copy(update={"worker": worker_settings})
+    with (
+        late_leader(
+            lane_settings.kafka.bootstrap_servers, lane_settings.lane(LANE).output_topic
+        ) as late,
+        running_worker(late.through(exactly_once), small_engine) as worker,
+    ):
+        received = features(lane_settings, len(owed))
+        assert worker.statistics().transactions[LANE].aborted_total == 1
     assert late.num_refused == 1
     assert_once_and_in_order(received)
     assert {record.feature.event_id for record in received} == {one.event_id for one in owed}
@@ -144,5 +139,5 @@ def test_exactly_once_aborts_and_does_them_again(
 def test_topics_are_there_once_their_leaders_answer(lane_settings: Settings) -> None:
     topic = lane_settings.lane(LANE).dlq_topic
     with late_leader(lane_settings.kafka.bootstrap_servers, topic, "list_offsets") as late:
-        ensure_topics(through(lane_settings, late))
+        ensure_topics(late.through(lane_settings))
     assert late.num_refused == 1
