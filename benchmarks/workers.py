@@ -1,14 +1,15 @@
 """Events a second by the number of workers: each a process of its own, on one lane.
 
     python -m benchmarks.workers [--workers 1 --workers 2] [--events 200000] [--partitions 16]
-        [--symbols 96] [--kind mixed] [--real] [--rate 0] [--seconds 10] [--json]
+        [--symbols 96] [--kind mixed] [--real] [--redis 1] [--fetch-wait-ms 0]
+        [--rate 0] [--seconds 10] [--json]
 
-Starts a broker and a Redis of its own. The workers share a lane's partitions, and their windows are
-full; then they are stopped (SIGSTOP), a backlog is appended, and they go on at once. Features a
-second by the growth of the output topic, over the middle 60 % of the backlog; processor time of all
-workers an event; cores that the broker and Redis took meanwhile. The model is a mean over a few
-channels (``benchmarks/compare/run_tapeline.py``), so that the stream is what is measured; with
-``--real`` it is the settings' model, in each worker's process (``tapeline worker``).
+Starts a broker and a Redis of its own, or several of these. The workers share a lane's partitions,
+and their windows are full; then they are stopped (SIGSTOP), a backlog is appended, and they go on
+at once. Features a second by the growth of the output topic, over the middle 60 % of the backlog;
+processor time of all workers an event; cores that the broker and Redis took meanwhile. The model is
+a mean over a few channels (``benchmarks/compare/run_tapeline.py``), so that the stream is what is
+measured; with ``--real`` it is the settings' model, in each worker's process (``tapeline worker``).
 
 With ``--rate`` events then arrive at that rate, whether or not the workers keep up (open loop),
 from processes of up to 50,000 a second each: milliseconds from an event's append to its feature's,
@@ -24,12 +25,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -41,9 +43,10 @@ from benchmarks.stages import KINDS
 from benchmarks.tape import parts, print_rows
 from schemas.codec import Codec
 from schemas.kafka import IDEMPOTENT, client_config, make_client
-from schemas.settings import Settings, as_environment
+from schemas.settings import Settings, as_environment, load_settings
 from tapeline.machine import this_machine
 from tapeline.simulator import simulate, symbol_names
+from tapeline.stack import Stack
 
 _LANE = "realtime"
 _SCRIPT = Path(__file__).parent / "compare" / "run_tapeline.py"
@@ -68,6 +71,8 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, default=96)
     parser.add_argument("--kind", choices=("mixed", *KINDS), default="mixed")
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--redis", type=int, default=1)
+    parser.add_argument("--fetch-wait-ms", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--json", action="store_true")
@@ -77,8 +82,11 @@ def main() -> None:
     changes: dict[str, Any] = {
         "kafka": {"num_partitions": options.partitions},
         "worker": {"session_timeout_s": _WORK_S / 2},  # they are stopped while a backlog is made
+        "lanes": {_LANE: {"fetch_wait_ms": options.fetch_wait_ms}},
     }
-    with parts(**changes) as settings:
+    with ExitStack() as opened:
+        more_urls = [opened.enter_context(_one_more_redis()) for _ in range(options.redis - 1)]
+        settings = opened.enter_context(parts(redis={"more_urls": more_urls}, **changes))
         tape = _Tape(settings, options.symbols, options.kind)
         for number in options.workers or [1, 2]:
             found.append(_measure(settings, tape, number, options))
@@ -88,6 +96,19 @@ def main() -> None:
         return
     print(f"{machine}; {options.events:,} events, {options.kind}\n")
     print_rows([{key: f"{value:,.4g}" for key, value in row.items()} for row in found])
+
+
+@contextmanager
+def _one_more_redis() -> Iterator[str]:
+    """Its URL."""
+    with TemporaryDirectory() as folder:
+        stack = Stack.on_free_ports(load_settings(state_dir=Path(folder)))
+        try:
+            stack.start("redis")
+            assert stack.settings.redis.url
+            yield stack.settings.redis.url
+        finally:
+            stack.down(purge=True)
 
 
 class _Tape:

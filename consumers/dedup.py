@@ -6,6 +6,7 @@ crash is no duplicate and is never lost, and a replay drops exactly what the fir
 
 import asyncio
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from schemas.errors import ConfigError
-from schemas.settings import RedisSettings
+from schemas.redis import RedisSettings
 
 _ASKED_AT_ONCE = 2_000  # Lua takes no more than 8,000 arguments, and a page needs two for an id
 _PAUSE_AFTER_FAILURE_S = 1.0  # a hanging Redis must not cost every micro-batch its timeout
@@ -305,14 +306,63 @@ class RedisFirstSeen:
         await self._redis.aclose()
 
 
+class ShardedFirstSeen:
+    """Several tables, each with a Redis of its own. An id's hash says whose it is."""
+
+    def __init__(self, shards: Sequence[FirstSeen]) -> None:
+        self._shards = shards
+
+    async def sightings(self, ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+        rows: list[list[int]] = [[] for _ in self._shards]
+        for row, event_id in enumerate(ids):
+            rows[self._number(event_id)].append(row)
+        answers = await asyncio.gather(
+            *(
+                shard.sightings([ids[row] for row in own], [sources[row] for row in own])
+                for shard, own in zip(self._shards, rows, strict=True)
+            )
+        )
+        first = list(sources)
+        for own, answer in zip(rows, answers, strict=True):
+            for row, source in zip(own, answer, strict=True):
+                first[row] = source
+        return first
+
+    async def take_over(self, event_id: str, former: str, source: str) -> str:
+        return await self._shards[self._number(event_id)].take_over(event_id, former, source)
+
+    def statistics(self) -> FirstSeenStatistics:
+        """Of all; degraded if one is."""
+        each = [shard.statistics() for shard in self._shards]
+        return FirstSeenStatistics(
+            sum(one.num_local_ids for one in each),
+            sum(one.redis_lookups_total for one in each),
+            sum(one.redis_failures_total for one in each),
+            any(one.degraded for one in each),
+        )
+
+    async def close(self) -> None:
+        await asyncio.gather(*(shard.close() for shard in self._shards))
+
+    def _number(self, event_id: str) -> int:
+        """The same in every process, as Python's own hash is not."""
+        return zlib.crc32(event_id.encode()) % len(self._shards)
+
+
 async def open_first_seen(settings: RedisSettings) -> FirstSeen:
-    """The table that the settings ask for. Raises ConfigError if its Redis does not answer."""
-    if not settings.url:
+    """The table that the settings ask for. Raises ConfigError if a Redis does not answer."""
+    if not settings.urls:
         return LocalFirstSeen(settings.max_local_ids)
-    table = RedisFirstSeen(settings)
+    max_local_ids = max(1, settings.max_local_ids // len(settings.urls))
+    tables = [
+        RedisFirstSeen(settings.model_copy(update={"url": url, "max_local_ids": max_local_ids}))
+        for url in settings.urls
+    ]
     try:
-        await table.check()
+        for table in tables:
+            await table.check()
     except ConfigError:
-        await table.close()
+        for table in tables:
+            await table.close()
         raise
-    return table
+    return tables[0] if len(tables) == 1 else ShardedFirstSeen(tables)

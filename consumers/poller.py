@@ -41,6 +41,7 @@ _MAX_POLLED = 500
 _FULL_S = 0.002
 _PAUSE_AFTER_S = 0.5  # of a full queue; rebalances wait for so long at most
 _RETRY_PAUSE_S = 0.1
+_GATHERED = 65_536  # bytes
 # librdkafka answers in about 0.5 ms, for which confluent-kafka 2.16 keeps Python's lock: asked
 # before every poll it took a third of the worker's time.
 _NOTE_PLACE_EVERY_S = 0.25
@@ -385,6 +386,7 @@ def _consumer_config(
             "queued.min.messages": lane.max_queued_records,
             "queued.max.messages.kbytes": 65_536,
             "fetch.queue.backoff.ms": 10,
+            **_fetch_wait(lane.fetch_wait_ms),
             "auto.offset.reset": "earliest",
             "max.poll.interval.ms": int(settings.worker.max_poll_interval_s * 1000),
             **_membership(settings.worker, instance_id),
@@ -396,6 +398,11 @@ def _consumer_config(
             "isolation.level": "read_committed",
         },
     )
+
+
+def _fetch_wait(wait_ms: int) -> dict[str, Any]:
+    """Has the broker gather ``_GATHERED`` for at most so long; 0: it answers with one record."""
+    return {"fetch.min.bytes": _GATHERED, "fetch.wait.max.ms": wait_ms} if wait_ms else {}
 
 
 def _membership(worker: WorkerSettings, instance_id: str | None) -> dict[str, Any]:

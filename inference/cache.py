@@ -24,7 +24,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from inference.client import Inference, ModelDescription
-from schemas.settings import CacheSettings, RedisSettings
+from schemas.redis import RedisSettings
+from schemas.settings import CacheSettings
 
 _HEADER = struct.Struct("<4sIII")  # magic, number of features, of scores, crc32 of key and values
 _MAGIC = b"TLF1"

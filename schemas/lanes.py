@@ -53,6 +53,13 @@ class LaneSettings(Section):
         description="In which time the autoscaler wants the lane's lag worked off; none: "
         "`autoscale.drain_target_s`.",
     )
+    fetch_wait_ms: int = Field(
+        0,
+        ge=0,
+        le=60_000,
+        description="How long the broker gathers records for a worker before it answers; 0: it "
+        "answers with the first. Spares both a request an event, which may be so much later.",
+    )
     max_queued_records: int = Field(
         4096, ge=1, description="Waiting in a worker; then the lane is paused until half are left."
     )

@@ -27,6 +27,7 @@ from schemas.errors import ConfigError
 from schemas.guard import GuardSettings
 from schemas.http import HttpSettings
 from schemas.lanes import DEFAULT_LANES, Fraction, LaneSettings, Section, check_relations
+from schemas.redis import RedisSettings
 from schemas.sla import MetricsSettings, SlaSettings, TracingSettings
 
 ENV_PREFIX = "TAPELINE_"
@@ -50,30 +51,6 @@ class KafkaSettings(Section):
     num_partitions: int = Field(4, ge=1, le=10_000, description="Of each topic that is created.")
     replication_factor: int = Field(1, ge=1, le=15, description="Of each topic that is created.")
     timeout_s: float = Field(10, gt=0, description="For metadata and other requests to the broker.")
-
-
-class RedisSettings(Section):
-    """The first-seen table. Without a URL, duplicates are known only to each worker."""
-
-    url: str | None = Field(
-        "redis://127.0.0.1:6379/0",
-        description="`redis://host:port/db`; empty: duplicates are known to each worker alone.",
-    )
-    timeout_ms: float = Field(
-        1000, gt=0, description="To connect and for an answer; then the local table answers alone."
-    )
-    key_prefix: str = Field("tapeline:seen:", description="In front of each key in Redis.")
-    ttl_s: int = Field(3600, ge=1, description="How long an event id is remembered, at least.")
-    max_ids: int = Field(
-        3_000_000,
-        ge=2,
-        description="Ids in Redis at most, 130 bytes each. More than half of them in `redis.ttl_s`,"
-        " and they are forgotten earlier, with a warning.",
-    )
-    max_local_ids: int = Field(200_000, ge=1, description="Event ids kept in each worker's LRU.")
-    across_lanes: bool = Field(
-        True, description="An event id counts once in all lanes together; false: once in each."
-    )
 
 
 class SchemaRegistrySettings(Section):

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 from schemas.errors import ConfigError
-from schemas.settings import ENV_PREFIX, KafkaSettings, RedisSettings, Settings
+from schemas.redis import RedisSettings
+from schemas.settings import ENV_PREFIX, KafkaSettings, Settings
 from tapeline.processes import program_output
 from tapeline.services import JAVA_PACKAGE, MIN_JAVA_VERSION, java_version, redis_version
 from tapeline.stack import names_default, with_stack_endpoints
@@ -71,7 +72,7 @@ def diagnose(settings: Settings) -> list[Finding]:
         _open_files(),
         *stack,
         *_kafka(settings, mend=_mend("kafka.bootstrap_servers", given.kafka)),
-        _redis(settings, mend=_mend("redis.url", given.redis)),
+        *_redis(settings, mend=_mend("redis.url", given.redis)),
     ]
 
 
@@ -193,16 +194,21 @@ def _kafka(settings: Settings, *, mend: str) -> list[Finding]:
     ]
 
 
-def _redis(settings: Settings, *, mend: str) -> Finding:
-    url = settings.redis.url
+def _redis(settings: Settings, *, mend: str) -> list[Finding]:
     required_for = "duplicates across workers"
-    if not url:
-        return Finding("redis", True, required_for, "the settings do without it", "")
-    try:
-        version = redis_version(url, timeout_s=_PROBE_TIMEOUT_S)
-    except ConfigError as error:
-        return Finding("redis", False, required_for, _first_clause(error), mend)
-    return Finding("redis", True, required_for, f"{version} answers", "")
+    if not settings.redis.urls:
+        return [Finding("redis", True, required_for, "the settings do without it", "")]
+    findings = []
+    for number, url in enumerate(settings.redis.urls):
+        try:
+            found, is_there = f"{redis_version(url, timeout_s=_PROBE_TIMEOUT_S)} answers", True
+        except ConfigError as error:
+            found, is_there = _first_clause(error), False
+        its_mend = "redis.more_urls: start it, or take it out" if number else mend
+        findings.append(
+            Finding("redis", is_there, required_for, found, "" if is_there else its_mend)
+        )
+    return findings
 
 
 def _first_clause(error: ConfigError) -> str:

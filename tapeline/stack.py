@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from schemas.errors import ConfigError
-from schemas.settings import KafkaSettings, RedisSettings, Settings
+from schemas.redis import RedisSettings
+from schemas.settings import KafkaSettings, Settings
 from tapeline.processes import (
     ProcessRecord,
     free_ports,
@@ -197,8 +198,8 @@ class Stack:
     def _check_given_endpoints(self) -> None:
         if not self._owns_kafka:
             cluster_metadata(self.settings)
-        if not self._owns_redis and self.settings.redis.url:
-            redis_version(self.settings.redis.url)
+        for url in self.settings.redis.urls[self._owns_redis :]:
+            redis_version(url)
 
     @contextlib.contextmanager
     def _started(self, services: Sequence[Service]) -> Iterator[list[ServiceName]]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from inference.cache import FeatureCache
 from inference.client import Inference, ModelDescription
-from schemas.settings import CacheSettings, RedisSettings, Settings
+from schemas.redis import RedisSettings
+from schemas.settings import CacheSettings, Settings
 from tapeline.processes import free_ports
 
 VERSION = "m@1-00000000"

@@ -1,7 +1,8 @@
-"""The first-seen table, in one process and in Redis: one suite, on the real Redis."""
+"""The first-seen table, in one process, in Redis and in two: one suite, on the real Redis."""
 
 import asyncio
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,16 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.dedup import FirstSeen, LocalFirstSeen, RedisFirstSeen, open_first_seen
+from consumers.dedup import (
+    FirstSeen,
+    LocalFirstSeen,
+    RedisFirstSeen,
+    ShardedFirstSeen,
+    open_first_seen,
+)
 from schemas.errors import ConfigError
-from schemas.settings import RedisSettings, load_settings
+from schemas.redis import RedisSettings
+from schemas.settings import load_settings
 from tapeline.processes import free_ports
 from tapeline.stack import Stack
 
@@ -45,26 +53,36 @@ async def open_table() -> AsyncIterator[OpenTable]:
         await table.close()
 
 
-@pytest.fixture(params=["local", "redis"])
+KINDS = {"local": LocalFirstSeen, "redis": RedisFirstSeen, "shards": ShardedFirstSeen}
+
+
+@pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def url(kind: str, request: pytest.FixtureRequest) -> str | None:
-    return str(request.getfixturevalue("redis_url")) if kind == "redis" else None
+def table_settings(kind: str, request: pytest.FixtureRequest) -> RedisSettings:
+    """Two databases of one server have nothing in common: they are two servers to a table."""
+    url = None if kind == "local" else str(request.getfixturevalue("redis_url"))
+    more_urls = [second_database(url)] if url and kind == "shards" else []
+    return new_settings(url, more_urls=more_urls)
+
+
+def second_database(url: str) -> str:
+    return f"{url.rpartition('/')[0]}/1"
 
 
 @pytest.fixture
-async def table(url: str | None, open_table: OpenTable) -> FirstSeen:
-    return await open_table(new_settings(url))
+async def table(table_settings: RedisSettings, open_table: OpenTable) -> FirstSeen:
+    return await open_table(table_settings)
 
 
-# Both of them.
+# All of them.
 
 
 def test_settings_say_which_table(table: FirstSeen, kind: str) -> None:
-    assert isinstance(table, RedisFirstSeen if kind == "redis" else LocalFirstSeen)
+    assert isinstance(table, KINDS[kind])
     assert not table.statistics().degraded
 
 
@@ -101,12 +119,12 @@ async def test_nothing_asked_nothing_answered(table: FirstSeen) -> None:
     assert await table.sightings([], []) == []
 
 
-async def test_local_memory_is_bounded(table: FirstSeen) -> None:
-    """A batch larger than the table is answered all the same."""
+async def test_local_memory_is_bounded(table: FirstSeen, kind: str) -> None:
+    """A batch larger than the table is answered all the same. Shards have equal parts of it."""
     ids = [f"id-{number}" for number in range(3 * MAX_IDS)]
     sources = [f"t:0:{number}" for number in range(3 * MAX_IDS)]
     assert await table.sightings(ids, sources) == sources
-    assert table.statistics().num_local_ids == MAX_IDS
+    assert table.statistics().num_local_ids == (2 * (MAX_IDS // 2) if kind == "shards" else MAX_IDS)
 
 
 async def test_odd_ids_are_ids(table: FirstSeen) -> None:
@@ -292,6 +310,26 @@ async def test_redis_that_is_down_at_the_start_is_a_config_error() -> None:
     assert "tapeline up" in str(refused.value)
 
 
+async def test_a_shard_that_is_down_at_the_start_is_a_config_error(redis_url: str) -> None:
+    (port,) = free_ports(1)
+    settings = new_settings(redis_url, more_urls=[f"redis://127.0.0.1:{port}/0"])
+    with pytest.raises(ConfigError, match=f"no Redis answers at redis://127.0.0.1:{port}/0"):
+        await open_first_seen(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"url": "", "more_urls": ["redis://b:6379/0"]}, "url, which is empty"),
+        ({"url": "redis://a:6379/0", "more_urls": ["redis://a:6379/0"]}, "twice"),
+        ({"more_urls": ["redis://b:6379/0"] * 2}, "twice"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(changes: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load_settings(redis=changes)
+
+
 @pytest.fixture
 def own_stack(tmp_path: Path) -> Iterator[Stack]:
     """A Redis that a test may stop, on a free port; not started."""
@@ -300,6 +338,43 @@ def own_stack(tmp_path: Path) -> Iterator[Stack]:
         yield stack
     finally:
         stack.down(purge=True)
+
+
+async def test_two_workers_look_for_an_id_in_the_same_shard(
+    redis_url: str, redis: "redis_client.Redis", open_table: OpenTable
+) -> None:
+    """Each id lies in one of them, and both have some."""
+    other_url = second_database(redis_url)
+    settings = new_settings(redis_url, more_urls=[other_url])
+    one, other = await open_table(settings), await open_table(settings)
+    ids = [f"id-{number}" for number in range(100)]
+    sources = [f"t:0:{number}" for number in range(100)]
+    assert await one.sightings(ids, sources) == sources
+    assert await other.sightings(ids[::-1], ["t:1:1"] * 100) == sources[::-1]
+    assert await other.take_over("id-7", "t:0:7", "t:1:2") == "t:0:7|t:1:2"
+    assert await one.take_over("id-7", "t:1:2", "t:1:3") == "t:0:7|t:1:2|t:1:3"
+    with redis_client.Redis.from_url(other_url) as second:
+        shares = [Pages(each, settings).ids() for each in (redis, second)]
+    in_the_second = {one for one in ids if zlib.crc32(one.encode()) % 2}  # in any process
+    assert shares == [[set(ids) - in_the_second], [in_the_second]]
+    assert 25 < len(in_the_second) < 75
+
+
+async def test_a_shard_that_dies_leaves_the_others_at_work(
+    redis_url: str, own_stack: Stack, open_table: OpenTable
+) -> None:
+    """Of its ids each worker goes on with what it knows by itself."""
+    url = own_stack.start("redis").endpoint
+    settings = new_settings(redis_url, more_urls=[url], max_local_ids=1000)
+    one, other = await open_table(settings), await open_table(settings)
+    ids, sources = list(map(str, range(100))), [f"t:0:{number}" for number in range(100)]
+    own_stack.stop("redis")
+    assert await one.sightings(ids, sources) == sources
+    assert await one.sightings(ids, ["again"] * 100) == sources
+    seen_here = await other.sightings(ids, ["t:1:1"] * 100)
+    assert 25 < seen_here.count("t:1:1") < 75
+    assert one.statistics().degraded
+    assert other.statistics().degraded
 
 
 async def test_redis_that_dies_degrades_and_comes_back(

@@ -13,7 +13,8 @@ from consumers.cached import CachedInference, Outcome
 from inference.cache import FeatureCache
 from inference.client import Inference, ModelDescription
 from schemas.errors import PoisonRecord, TransientError
-from schemas.settings import CacheSettings, RedisSettings
+from schemas.redis import RedisSettings
+from schemas.settings import CacheSettings
 
 VERSION = "m@1-00000000"
 MODEL = ModelDescription(VERSION, "test-v1", 1, 2, 2, ())
