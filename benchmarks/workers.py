@@ -13,7 +13,8 @@ measured; with ``--real`` it is the settings' model, in each worker's process (`
 
 With ``--rate`` events then arrive at that rate, whether or not the workers keep up (open loop),
 from processes of up to 50,000 a second each: milliseconds from an event's append to its feature's,
-by the broker's clock, of the output topic's fullest partition.
+by the broker's clock, of the output topic's fullest partition; and the workers' processor time an
+event meanwhile.
 """
 
 import argparse
@@ -210,8 +211,11 @@ def _measure(
             memory_mb = sum(worker.memory_full_info().pss for worker in workers) / 1e6
             latency = {}
             if options.rate:
+                used_at_rate_s = _cpu_s(workers)
                 playing = tape.play(own, options.rate, options.seconds)
                 latency = ends.latency(playing)
+                used_at_rate_s = _cpu_s(workers) - used_at_rate_s
+                latency["us_at_rate"] = 1e6 * used_at_rate_s / (options.rate * options.seconds)
     low, high = (np.searchsorted(counts, before + share * num_events) for share in (0.2, 0.8))
     rate = (counts[high] - counts[low]) / (times_s[high] - times_s[low])
     us = 1e6 * used_s / num_events

@@ -93,9 +93,19 @@ class LaneSettings(Section):
 DEFAULT_LANES: Mapping[str, Mapping[str, Any]] = {
     "realtime": {"rank": 1, "deadline_ms": 50, "reserved_share": 0.50, "expired": "stale"},
     "market-data": {"rank": 2, "deadline_ms": 100, "reserved_share": 0.25, "expired": "stale"},
-    "batch": {"rank": 3, "deadline_ms": 1_000, "reserved_share": 0.15},
-    "historical": {"rank": 4, "deadline_ms": 30_000, "reserved_share": 0.07},
-    "background": {"rank": 5, "deadline_ms": 300_000, "reserved_share": 0.03},
+    "batch": {"rank": 3, "deadline_ms": 1_000, "reserved_share": 0.15, "fetch_wait_ms": 20},
+    "historical": {
+        "rank": 4,
+        "deadline_ms": 30_000,
+        "reserved_share": 0.07,
+        "fetch_wait_ms": 100,
+    },
+    "background": {
+        "rank": 5,
+        "deadline_ms": 300_000,
+        "reserved_share": 0.03,
+        "fetch_wait_ms": 100,
+    },
 }
 
 
