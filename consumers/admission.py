@@ -1,6 +1,7 @@
 """When a micro-batch is filled: just in time for the model. Sans-IO."""
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from consumers.service_times import ServiceTimes
@@ -21,17 +22,24 @@ class Admission:
 
     While the model is busy, a micro-batch filled at once would only wait in front of it, and a
     record that comes meanwhile would wait for the next one. So it is filled when the model is
-    expected to be free in the time that preparing takes. A model that is free is never waited for.
+    expected to be free in the time that preparing takes. A model that is free is not waited for,
+    but where micro-batches would follow each other closely their number is bounded: each has a cost
+    of its own, which a few records do not bear.
 
     Args:
         service_times: what calls are expected to take.
         num_replicas: calls that the model works on at once; the others wait in order.
+        interval_s: least time from one micro-batch to the next.
     """
 
-    def __init__(self, service_times: ServiceTimes, num_replicas: int = 1) -> None:
+    def __init__(
+        self, service_times: ServiceTimes, num_replicas: int = 1, *, interval_s: float = 0.0
+    ) -> None:
         self._service_times = service_times
         self._prepare_times = ServiceTimes()
         self._num_replicas = num_replicas
+        self._interval_s = interval_s
+        self._begun_s = -math.inf
         self._calls: list[Call] = []
 
     @property
@@ -58,7 +66,12 @@ class Admission:
 
     def prepared(self, num_records: int, begun_s: float, ended_s: float) -> None:
         """Notes what preparing a micro-batch took."""
+        self._begun_s = begun_s
         self._prepare_times.observe(num_records, begun_s, ended_s)
+
+    def too_soon_s(self, now_s: float) -> float:
+        """How long the next micro-batch has to wait for its interval; 0: not at all."""
+        return max(0.0, self._begun_s + self._interval_s - now_s)
 
     def wait_s(self, num_records: int, now_s: float) -> float:
         """How long filling a micro-batch of so many records may wait; 0: not at all."""

@@ -83,7 +83,9 @@ class Worker:
         self._clock = clock
         self._codec = Codec(settings.schema_registry)
         self._service_times = ServiceTimes(num_replicas)
-        self._admission = Admission(self._service_times, num_replicas)
+        self._admission = Admission(
+            self._service_times, num_replicas, interval_s=worker.batch_interval_ms / 1000
+        )
         self._scheduler = LaneScheduler(
             settings.active_lanes,
             self._service_times,
@@ -302,6 +304,9 @@ class Worker:
         while not len(self._scheduler):
             self._arrived.clear()
             await self._arrived.wait()
+        # One that leaves records behind is full: to wait would only make those later.
+        if len(self._scheduler) <= self._scheduler.limit(self._now_us()):
+            await asyncio.sleep(self._admission.too_soon_s(time.monotonic()))
         await self._until_model_is_nearly_free()
         return self._scheduler.take(self._now_us())
 

@@ -114,6 +114,11 @@ class WorkerSettings(Section):
         "deadline among the lanes with traffic: what a new record there may have to wait for.",
     )
     max_in_flight: int = Field(2, ge=1, le=256, description="Micro-batches at the model at once.")
+    batch_interval_ms: float = Field(
+        5,
+        ge=0,
+        description="Least time from one micro-batch to the next, unless it is full; 0: none.",
+    )
     max_unacknowledged: int = Field(
         64, ge=1, description="Micro-batches between their records' arrival and acknowledgement."
     )

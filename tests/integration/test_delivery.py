@@ -345,6 +345,38 @@ def test_a_micro_batch_is_not_filled_while_the_model_is_busy(
         worker.wait_until_ended("realtime", len(events))
 
 
+def test_micro_batches_keep_their_distance(make_settings: MakeSettings, engine: Engine) -> None:
+    """Records that come one by one, in less time than two intervals or three, go together."""
+    settings = make_settings(worker={"batch_interval_ms": 3_000}, kafka={"num_partitions": 1})
+    events = tape(WARM_UP + 20, num_symbols=1)
+    with running_worker(settings, engine) as worker:
+        produce(settings, events[:WARM_UP], "realtime")
+        worker.wait_until_ended("realtime", WARM_UP)
+        for event in events[WARM_UP:]:
+            produce(settings, [event], "realtime")
+        worker.wait_until_ended("realtime", len(events))
+        assert sum(worker.statistics().batch_sizes.values()) < 10
+
+
+def test_a_full_micro_batch_waits_for_no_interval(
+    make_settings: MakeSettings, engine: Engine
+) -> None:
+    """Of a backlog only what fills none is left for later."""
+    settings = make_settings(
+        worker={"batch_interval_ms": 10 * LONG_S * 1000, "max_batch": 4},
+        kafka={"num_partitions": 1},
+    )
+    ensure_topics(settings)
+    events = tape(WARM_UP + 50, num_symbols=1)
+    produce(settings, events, "realtime")
+    with running_worker(settings, engine) as worker:
+        wait_until(
+            lambda: worker.statistics().scheduled["realtime"] >= len(events) - 4,
+            LONG_S,
+            "the backlog to be taken",
+        )
+
+
 def test_a_head_that_does_not_move_is_named(make_settings: MakeSettings, engine: Engine) -> None:
     settings = make_settings(worker={"stall_after_s": 0.2}, kafka={"num_partitions": 1})
     events = tape(WARM_UP + 5, num_symbols=1)

@@ -38,6 +38,23 @@ def test_a_call_that_takes_longer_than_expected_holds_nothing_up() -> None:
     assert one.wait_s(4, 9.0) == 0
 
 
+def test_micro_batches_do_not_follow_each_other_too_soon() -> None:
+    """Counted from when the last was begun, whatever became of it; the first waits for nobody."""
+    one = Admission(ServiceTimes(), interval_s=0.005)
+    assert one.too_soon_s(1.0) == 0
+    one.prepared(4, 1.0, 1.002)
+    assert one.too_soon_s(1.002) == pytest.approx(0.003)
+    assert one.too_soon_s(1.005) == pytest.approx(0)
+    assert one.too_soon_s(9.0) == 0
+    one.prepared(4, 9.0, 9.001)
+    assert one.too_soon_s(9.001) == pytest.approx(0.004)
+
+
+def test_without_an_interval_none_is_too_soon() -> None:
+    one = admission(prepare_s=0.002)
+    assert one.too_soon_s(0.0) == 0
+
+
 def test_calls_queue_behind_each_other() -> None:
     one = admission()
     first = one.begin(4, 1.0)
