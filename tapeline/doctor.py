@@ -29,6 +29,7 @@ _EVERYTHING = "everything"
 _LOCAL_STACK = "tapeline up"
 _SERVING = "tapeline run, tapeline demo"
 _MODEL = "tapeline run, tapeline worker"
+_DUPLICATES = "duplicates across workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def diagnose(settings: Settings) -> list[Finding]:
         _open_files(),
         *stack,
         *_kafka(settings, mend=_mend("kafka.bootstrap_servers", given.kafka)),
-        *_redis(settings, mend=_mend("redis.url", given.redis)),
+        *_redis_servers(settings, mend=_mend("redis.url", given.redis)),
     ]
 
 
@@ -194,21 +195,22 @@ def _kafka(settings: Settings, *, mend: str) -> list[Finding]:
     ]
 
 
-def _redis(settings: Settings, *, mend: str) -> list[Finding]:
-    required_for = "duplicates across workers"
-    if not settings.redis.urls:
-        return [Finding("redis", True, required_for, "the settings do without it", "")]
-    findings = []
-    for number, url in enumerate(settings.redis.urls):
-        try:
-            found, is_there = f"{redis_version(url, timeout_s=_PROBE_TIMEOUT_S)} answers", True
-        except ConfigError as error:
-            found, is_there = _first_clause(error), False
-        its_mend = "redis.more_urls: start it, or take it out" if number else mend
-        findings.append(
-            Finding("redis", is_there, required_for, found, "" if is_there else its_mend)
-        )
-    return findings
+def _redis_servers(settings: Settings, *, mend: str) -> list[Finding]:
+    if not settings.redis.url:
+        return [Finding("redis", True, _DUPLICATES, "the settings do without it", "")]
+    further = [
+        _redis(f"redis.more_urls[{place}]", url, mend="start it, or take it out of the settings")
+        for place, url in enumerate(settings.redis.more_urls)
+    ]
+    return [_redis("redis", settings.redis.url, mend=mend), *further]
+
+
+def _redis(name: str, url: str, *, mend: str) -> Finding:
+    try:
+        version = redis_version(url, timeout_s=_PROBE_TIMEOUT_S)
+    except ConfigError as error:
+        return Finding(name, False, _DUPLICATES, _first_clause(error), mend)
+    return Finding(name, True, _DUPLICATES, f"{version} answers", "")
 
 
 def _first_clause(error: ConfigError) -> str:

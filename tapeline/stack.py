@@ -198,7 +198,8 @@ class Stack:
     def _check_given_endpoints(self) -> None:
         if not self._owns_kafka:
             cluster_metadata(self.settings)
-        for url in self.settings.redis.urls[self._owns_redis :]:
+        redis = self.settings.redis
+        for url in redis.more_urls if self._owns_redis else redis.urls:
             redis_version(url)
 
     @contextlib.contextmanager

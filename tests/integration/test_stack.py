@@ -202,6 +202,10 @@ def test_given_endpoints_that_do_not_answer_are_an_error(tmp_path: Path) -> None
     settings = load_settings(state_dir=tmp_path, redis={"url": f"redis://:secret@127.0.0.1:{port}"})
     with pytest.raises(ConfigError, match=f"no Redis answers at redis://127.0.0.1:{port}"):
         Stack(settings).up()
+    more_urls = [f"redis://127.0.0.1:{port}/1"]
+    settings = load_settings(state_dir=tmp_path, redis={"more_urls": more_urls})
+    with pytest.raises(ConfigError, match=f"no Redis answers at redis://127.0.0.1:{port}/1"):
+        Stack(settings).up()
     assert not list(tmp_path.glob("*/process.json"))
 
 
@@ -351,12 +355,16 @@ def test_doctor_names_what_is_down(make_settings: MakeSettings, tmp_path: Path) 
     settings = load_settings(
         state_dir=tmp_path,
         kafka={"bootstrap_servers": f"127.0.0.1:{port}"},
-        redis={"url": f"redis://127.0.0.1:{port}/0"},
+        redis={
+            "url": f"redis://127.0.0.1:{port}/0",
+            "more_urls": [f"redis://127.0.0.1:{port}/1"],
+        },
     )
     findings = {found.name: found for found in diagnose(settings)}
     for name in (f"kafka at 127.0.0.1:{port}", "redis"):
         assert not findings[name].ok
         assert "from the settings file, then `tapeline up`" in findings[name].mend
+    assert findings["redis.more_urls[0]"].mend == "start it, or take it out of the settings"
 
 
 def test_z_down_leaves_nothing_but_files(own_stack: Stack, state_dir: Path) -> None:
