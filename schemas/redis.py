@@ -42,7 +42,7 @@ class RedisSettings(Section):
     @model_validator(mode="after")
     def _more_are_more(self) -> Self:
         if self.more_urls and not self.url:
-            raise ValueError("more_urls come beside url, which is empty")
+            raise ValueError("url is empty, and more_urls is not; set url, or leave out both")
         if len(set(self.urls)) < len(self.urls):
-            raise ValueError("url and more_urls name a server twice")
+            raise ValueError("url and more_urls name a server twice; name each once")
         return self

@@ -320,7 +320,7 @@ async def test_a_shard_that_is_down_at_the_start_is_a_config_error(redis_url: st
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"url": "", "more_urls": ["redis://b:6379/0"]}, "url, which is empty"),
+        ({"url": "", "more_urls": ["redis://b:6379/0"]}, "url is empty"),
         ({"url": "redis://a:6379/0", "more_urls": ["redis://a:6379/0"]}, "twice"),
         ({"more_urls": ["redis://b:6379/0"] * 2}, "twice"),
     ],
