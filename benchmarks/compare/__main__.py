@@ -1,7 +1,7 @@
 """Tapeline beside its peers: the same events, broker, model and machine, in turns.
 
     python -m benchmarks.compare [--rounds 5] [--kills 1] [--backlog 20000] [--seconds 6]
-        [--only tapeline,quix] [--json]
+        [--max-rate 4000] [--only tapeline,quix] [--json]
 
 Contenders: Tapeline's worker; Quix Streams, Faust-streaming and arroyo, each as its documentation
 shows it, pinned (``requirements``) and in an environment of its own; and the loop that one writes
@@ -10,8 +10,8 @@ more (``run_tapeline.py``). Each gets topics of its own on one broker. In each r
 
 - a backlog appended at once: events/s over the middle 80 %, by the broker's clock; processor time
   of all its processes an event, and from it events/s a core;
-- half of that rate (at most 4,000/s, what the load itself can bear beside it): latency from append
-  to append; resident memory;
+- half of that rate, at most ``--max-rate`` (the load takes some of the machine, too): latency from
+  append to append; resident memory;
 - in the first ``--kills`` rounds the same rate again, and ``kill -9`` to all its processes in the
   middle, then a new start: the longest silence, events without a feature, and with two.
 
@@ -48,7 +48,6 @@ _SCHEMAS = Path(__file__).parents[2] / "schemas"
 _PEERS = ("quix", "faust", "arroyo")
 _ALL = ("tapeline", *_PEERS, "loop")
 _LANE = "realtime"
-_MAX_RATE_HZ = 4_000.0
 _TICK_S = 0.005
 _START_S, _WORK_S = 120.0, 180.0
 _QUIET_S = 75.0  # longer than any contender's session timeout
@@ -96,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backlog", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=6, help="of half the rate")
+    parser.add_argument("--max-rate", type=float, default=4_000)
     parser.add_argument("--kills", type=int, default=1, help="rounds with a kill -9")
     parser.add_argument("--only", default=",".join(_ALL))
     parser.add_argument("--json", action="store_true")
@@ -105,7 +105,7 @@ def main() -> None:
     machine = str(this_machine())
     rounds: list[dict[str, Result]] = []
     with parts() as settings:
-        num_events = options.backlog + 2 * int(options.seconds * _MAX_RATE_HZ)
+        num_events = options.backlog + 2 * int(options.seconds * options.max_rate)
         feed = Feed(settings, _LANE, num_events, _RATE_HZ)
         for number in range(options.rounds):
             order = [*names[number % len(names) :], *names[: number % len(names)]]
@@ -183,7 +183,7 @@ def _measure(
             topics.wait_for(backlog, _WORK_S)
             used_s = contender.cpu_s() - before_s
             rate = topics.rate(backlog)
-            half_hz = min(rate / 2, _MAX_RATE_HZ)
+            half_hz = min(rate / 2, options.max_rate)
             num_half = int(options.seconds * half_hz)
             first = feed.play[len(backlog) : len(backlog) + num_half]
             second = feed.play[len(backlog) + num_half : len(backlog) + 2 * num_half]
