@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from consumers.parcels import Outgoing, Parcel
 from schemas.errors import TransientError
-from schemas.kafka import IDEMPOTENT, client_config, delivery_error, make_client
+from schemas.kafka import IDEMPOTENT, Deliveries, client_config, make_client
 from schemas.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -61,14 +61,15 @@ def try_produce(
 class _Acknowledgements:
     """Counts those of one parcel, and resolves it."""
 
-    def __init__(self, parcel: Parcel) -> None:
+    def __init__(self, parcel: Parcel, deliveries: Deliveries) -> None:
+        self._deliveries = deliveries
         self._delivered = parcel.delivered
         self._missing = len(parcel.messages)
 
     def note(self, error: KafkaError | None, message: Message) -> None:
         """librdkafka's delivery callback, one call a message."""
         self._missing -= 1
-        if (error := delivery_error(error, message)) is not None:
+        if (error := self._deliveries.error(error, message)) is not None:
             if not self._delivered.done():  # its first failure counts
                 text = f"{message.topic()} did not take a record: {error.str()}"
                 self._delivered.set_exception(TransientError(text))
@@ -91,6 +92,7 @@ class Publisher:
                 "delivery.timeout.ms": int(settings.worker.retry_deadline_s * 1000),
             },
         )
+        self._deliveries = Deliveries()
         self._sent = asyncio.Event()
 
     async def open(self) -> None:
@@ -114,7 +116,7 @@ class Publisher:
         if not parcel.messages:
             parcel.delivered.set_result(True)
             return
-        on_delivery = _Acknowledgements(parcel).note
+        on_delivery = _Acknowledgements(parcel, self._deliveries).note
         for message in parcel.messages:
             while not try_produce(self._producer, message, on_delivery):  # noqa: ASYNC110
                 await asyncio.sleep(_QUEUE_FULL_WAIT_S)  # librdkafka has no signal for room

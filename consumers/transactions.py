@@ -23,7 +23,7 @@ from consumers.parcels import Outgoing, Parcel
 from consumers.publisher import make_producer, try_produce
 from consumers.records import CommitPoint
 from schemas.errors import AssignmentLost, ConfigError, TapelineError, TransientError
-from schemas.kafka import delivery_error
+from schemas.kafka import Deliveries
 from schemas.lanes import LaneSettings
 from schemas.settings import Settings
 
@@ -88,6 +88,7 @@ class LaneTransactions:
                 "retry.backoff.ms": 5,
             },
         )
+        self._deliveries = Deliveries()
         self._thread = ThreadPoolExecutor(1, f"transact-{lane.name}")
         self._waiting: deque[Parcel] = deque()
         self._arrived = asyncio.Event()
@@ -254,7 +255,7 @@ class LaneTransactions:
         failures: list[KafkaError] = []
 
         def note(error: KafkaError | None, message: Message) -> None:
-            if error := delivery_error(error, message):
+            if error := self._deliveries.error(error, message):
                 failures.append(error)
 
         known: set[tuple[str, bytes | None]] = set()

@@ -4,6 +4,8 @@ Its own log lines go to the logger ``librdkafka`` and nowhere else unless that i
 """
 
 import logging
+import math
+import time
 from collections.abc import Iterable, Mapping
 from operator import methodcaller
 from typing import Any
@@ -20,6 +22,7 @@ IDEMPOTENT: Mapping[str, Any] = {
     "partitioner": "murmur2_random",
 }
 """What every producer of ours must be: no repeats, all in-sync replicas, the Java client's keys."""
+_KNOWN_FOR_S = 3600.0  # a broker forgets a producer that is silent for a day
 
 LOGGER = logging.getLogger("librdkafka")
 LOGGER.addHandler(logging.NullHandler())  # or Python prints warnings to stderr for want of one
@@ -64,19 +67,40 @@ def make_client(kind: Any, config: Mapping[str, Any]) -> Any:
         raise ConfigError(f"settings: kafka.client: {reason}") from error
 
 
-def delivery_error(error: KafkaError | None, message: Message) -> KafkaError | None:
-    """What a delivery callback has to take for the outcome; None once the broker has the record.
+class Deliveries:
+    """What one producer's delivery callbacks have to take for the outcome of each message.
 
     A broker before Kafka 4.5 may refuse a producer's first request to a partition, while its leader
     is on its way, and take the second one, sent meanwhile (KAFKA-15591). The records of the first
-    are lost then, and librdkafka says that they were delivered, but at no offset.
+    are lost then, and librdkafka says that they were delivered, but at no offset. It says the same
+    of records that it sent twice, because an answer was lost with a broker: those are there. A
+    broker that knows the producer by what it has in the partition already refuses the second
+    request, too; so what was produced after such an acknowledgement is there.
     """
-    if error is None and message.offset() is None:
+
+    def __init__(self) -> None:
+        self._known_s: dict[tuple[str | None, int | None], tuple[float, float]] = {}
+        """Since when, and when last, the broker gave offsets in a partition."""
+
+    def error(self, error: KafkaError | None, message: Message) -> KafkaError | None:
+        """None once the broker has the record. Call it in the callback: it looks at the clock."""
+        if error is not None:
+            return error
+        now_s = time.monotonic()
+        place = message.topic(), message.partition()
+        since_s, last_s = self._known_s.get(place, (math.inf, -math.inf))
+        if message.offset() is not None:
+            is_anew = now_s - last_s > _KNOWN_FOR_S
+            self._known_s[place] = (now_s if is_anew else since_s, now_s)
+            return None
+        latency_s = message.latency()
+        produced_s = -math.inf if latency_s is None else now_s - latency_s
+        if since_s < produced_s < last_s + _KNOWN_FOR_S:
+            return None
         return KafkaError(
             KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER,
             "the broker took later records and perhaps not this one",
         )
-    return error
 
 
 _call_headers = methodcaller("headers")

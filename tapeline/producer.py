@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import Codec
 from schemas.errors import ConfigError, TapelineError, TransientError
-from schemas.kafka import IDEMPOTENT, client_config, delivery_error, make_client
+from schemas.kafka import IDEMPOTENT, Deliveries, client_config, make_client
 from schemas.messages import Headers, MarketEvent
 from schemas.settings import Settings
 from tapeline.clients import check_kafka, missing_topic, settings_or_load
@@ -183,6 +183,7 @@ class MarketEventProducer:
     ) -> None:
         self._connection = _Connection(settings_or_load(settings, overrides), delivery_timeout_s)
         self._producer: Producer = self._connection.producer
+        self._deliveries = Deliveries()
         self._delivery_timeout_s = delivery_timeout_s
         self._num_produced = self._num_acknowledged = self._num_failed = 0
         self._failure: tuple[KafkaError, str] | None = None
@@ -268,7 +269,7 @@ class MarketEventProducer:
         return ProducerStatistics(self._num_produced, self._num_acknowledged, self._num_failed)
 
     def _acknowledge(self, error: KafkaError | None, message: Message) -> None:
-        if (error := delivery_error(error, message)) is None:
+        if (error := self._deliveries.error(error, message)) is None:
             self._num_acknowledged += 1
             return
         self._num_failed += 1
@@ -278,7 +279,7 @@ class MarketEventProducer:
     def _deliver(
         self, on_delivery: Callable[[Delivery], None], error: KafkaError | None, message: Message
     ) -> None:
-        error = delivery_error(error, message)
+        error = self._deliveries.error(error, message)
         self._acknowledge(error, message)
         if error is None:
             on_delivery(_delivery(message))
@@ -308,6 +309,7 @@ class AsyncMarketEventProducer:
     ) -> None:
         self._connection = _Connection(settings_or_load(settings, overrides), delivery_timeout_s)
         self._producer: Producer = self._connection.producer
+        self._deliveries = Deliveries()
         self._max_in_flight = max_in_flight
         self._turn = asyncio.Lock()  # first come, first served: sends keep their order
         self._moved = asyncio.Event()
@@ -400,7 +402,7 @@ class AsyncMarketEventProducer:
     def _note(
         self, answer: asyncio.Future[Delivery], error: KafkaError | None, message: Message
     ) -> None:
-        self._answers.append((answer, delivery_error(error, message), message))
+        self._answers.append((answer, self._deliveries.error(error, message), message))
 
     def _resolve(
         self, answers: list[tuple[asyncio.Future[Delivery], KafkaError | None, Message]]

@@ -128,7 +128,7 @@ def ensure_topics(
     created = _create(admin, missing, settings.kafka.timeout_s)
     after = _wait_for_leaders(settings, admin, wanted)
     # A leader that is named may not know it yet. It refuses records then, and may take later ones
-    # sooner than those sent again (schemas.kafka.delivery_error); so it must answer first.
+    # sooner than those sent again (schemas.kafka.Deliveries); so it must answer first.
     partitions = [
         TopicPartition(spec.name, number)
         for spec in wanted

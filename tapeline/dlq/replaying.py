@@ -15,7 +15,7 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from consumers.envelopes import ATTEMPTS_HEADER, REPLAYED_FROM_HEADER
-from schemas.kafka import IDEMPOTENT, client_config, delivery_error, make_client
+from schemas.kafka import IDEMPOTENT, Deliveries, client_config, make_client
 from schemas.settings import Settings
 from tapeline.clients import check_kafka
 from tapeline.dlq.letters import Closed, Letter, LetterId, Unreadable, receipt_headers
@@ -122,6 +122,7 @@ class _Replay:
         self._topics = topics
         self._progress = progress
         self._producer = make_producer(settings, delivery_timeout_s)
+        self._deliveries = Deliveries()
         self.receipts = Receipts(self._producer, settings)
         self.num_replayed = self.num_failed = 0
         self.first_failures: list[str] = []
@@ -181,7 +182,7 @@ class _Replay:
             pass
 
     def _answer(self, id: LetterId, error: KafkaError | None, message: Message) -> None:
-        if (error := delivery_error(error, message)) is not None:
+        if (error := self._deliveries.error(error, message)) is not None:
             self._refuse(id, error)
             return
         self.receipts.put(id, "replayed")
@@ -211,6 +212,7 @@ class Receipts:
 
     def __init__(self, producer: Producer, settings: Settings) -> None:
         self._producer = producer
+        self._deliveries = Deliveries()
         self._topics = {lane.name: lane.dlq_topic for lane in settings.active_lanes}
         self._waiting: deque[tuple[LetterId, Closed]] = deque()
         self.num_written = 0
@@ -242,7 +244,7 @@ class Receipts:
         return num_handed
 
     def _answer(self, error: KafkaError | None, message: Message) -> None:
-        if (error := delivery_error(error, message)) is None:
+        if (error := self._deliveries.error(error, message)) is None:
             self.num_written += 1
         else:
             self.failure = error
