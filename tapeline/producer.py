@@ -229,7 +229,7 @@ class MarketEventProducer:
         assert not self._closed, "the producer is closed"
         self._raise_failure()
         topic = self._connection.topics.get(lane) or self._connection.look_up(lane)
-        done = self._acknowledge if on_delivery is None else partial(self._deliver, on_delivery)
+        done = partial(self._acknowledge, on_delivery)
         message = self._connection.encode(event, topic, headers)
         while not self._connection.try_put(message, done):
             self._producer.poll(_STEP_S)
@@ -268,21 +268,20 @@ class MarketEventProducer:
         """Counters so far, as of the last ``produce`` or ``flush``."""
         return ProducerStatistics(self._num_produced, self._num_acknowledged, self._num_failed)
 
-    def _acknowledge(self, error: KafkaError | None, message: Message) -> None:
+    def _acknowledge(
+        self,
+        on_delivery: Callable[[Delivery], None] | None,
+        error: KafkaError | None,
+        message: Message,
+    ) -> None:
         if (error := self._deliveries.error(error, message)) is None:
             self._num_acknowledged += 1
+            if on_delivery:
+                on_delivery(_delivery(message))
             return
         self._num_failed += 1
         self._num_unraised += 1
         self._failure = self._failure or (error, message.topic() or "")
-
-    def _deliver(
-        self, on_delivery: Callable[[Delivery], None], error: KafkaError | None, message: Message
-    ) -> None:
-        error = self._deliveries.error(error, message)
-        self._acknowledge(error, message)
-        if error is None:
-            on_delivery(_delivery(message))
 
     def _raise_failure(self) -> None:
         if self._failure is None:
