@@ -48,13 +48,15 @@ class Delivery:
     """The acknowledgement of one event by all in-sync replicas.
 
     Attributes:
-        appended_us: the broker's clock at the append, Unix epoch; Kafka keeps milliseconds.
+        offset, appended_us: its place, and the broker's clock at the append (Unix epoch; Kafka
+            keeps milliseconds). None, both: the event is there, but the answer that said where got
+            lost with a broker.
     """
 
     topic: str
     partition: int
-    offset: int
-    appended_us: int
+    offset: int | None
+    appended_us: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,5 +426,5 @@ def _delivery(message: Message) -> Delivery:
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     assert topic is not None
     assert partition is not None
-    assert offset is not None
-    return Delivery(topic, partition, offset, message.timestamp()[1] * 1000)
+    appended_us = None if offset is None else message.timestamp()[1] * 1000
+    return Delivery(topic, partition, offset, appended_us)

@@ -1,17 +1,22 @@
-"""A broker whose leader is late: a proxy before a real one that has a first request refused."""
+"""Brokers whose leader is late, or unsure: proxies before a real one."""
 
 import asyncio
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Literal
+from typing import Literal, TypeVar
 
 from schemas.settings import Settings
 
 _LENGTH = struct.Struct(">i")
 _HEAD = struct.Struct(">h")
 _NUMBERS = {"produce": 0, "list_offsets": 2}  # Kafka's of its requests
+_CORRELATION = struct.Struct(">hhi")  # number and version of a request, and what its answer bears
+_FIRST_FLEXIBLE = 9  # version of a request to produce
+_REQUEST_TIMED_OUT = 7
+
+Leader = TypeVar("Leader", bound="LateLeader")
 
 
 class LateLeader:
@@ -70,10 +75,10 @@ class LateLeader:
 
     async def _ask(self, client: asyncio.StreamReader, requests: asyncio.StreamWriter) -> None:
         while True:
-            for frame in self._refused(await _read(client)):
+            for frame in self._asked(await _read(client)):
                 requests.write(_LENGTH.pack(len(frame)) + frame)
 
-    def _refused(self, frame: bytes) -> list[bytes]:
+    def _asked(self, frame: bytes) -> list[bytes]:
         """What the broker gets now, for one request of a client."""
         (number,) = _HEAD.unpack_from(frame)
         if number != _NUMBERS[self._request] or self._topic not in frame or self.num_refused:
@@ -89,10 +94,54 @@ class LateLeader:
     async def _answer(self, broker: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
         host = self._host.encode()
         while True:
-            frame = (await _read(broker)).replace(self._no_topic, self._topic)
+            frame = self._answered(await _read(broker))
             ports = (host + _LENGTH.pack(port) for port in (self._port, self._own_port))
             frame = frame.replace(*ports)  # or clients would go on without the proxy
             answers.write(_LENGTH.pack(len(frame)) + frame)
+
+    def _answered(self, frame: bytes) -> bytes:
+        """What the client gets of an answer."""
+        return frame.replace(self._no_topic, self._topic)
+
+
+class UnsureLeader(LateLeader):
+    """The second request to produce to the topic is taken, and its answer says: perhaps.
+
+    As where a follower dies before it has the records. The third is held back until then, so that
+    its answer comes while the client waits to send the second again.
+
+    Attributes:
+        num_unsure: answers so far, 0 or 1.
+    """
+
+    def __init__(self, bootstrap_servers: str, topic: str) -> None:
+        super().__init__(bootstrap_servers, topic, "produce")
+        self.num_unsure = 0
+        self._num_asked = 0
+        self._unsure: tuple[int, int] | None = None  # which request: its number, and its version
+
+    def _asked(self, frame: bytes) -> list[bytes]:
+        number, version, correlation = _CORRELATION.unpack_from(frame)
+        if number != _NUMBERS["produce"] or self._topic not in frame:
+            return [frame]
+        self._num_asked += 1
+        if self._num_asked == 2:
+            self._held, self._unsure = frame, (correlation, version)
+            return []
+        held, self._held = self._held, None
+        return [held, frame] if held else [frame]
+
+    def _answered(self, frame: bytes) -> bytes:
+        (correlation,) = _LENGTH.unpack_from(frame)
+        if self._unsure is None or correlation != self._unsure[0] or self._topic not in frame:
+            return frame
+        self.num_unsure += 1
+        _, version = self._unsure
+        self._unsure = None
+        # Behind the name: how many partitions, which one, its error.
+        place = frame.index(self._topic) + len(self._topic)
+        place += 5 if version >= _FIRST_FLEXIBLE else 8
+        return frame[:place] + _HEAD.pack(_REQUEST_TIMED_OUT) + frame[place + _HEAD.size :]
 
 
 @asynccontextmanager
@@ -115,7 +164,19 @@ def late_leader(
     bootstrap_servers: str, topic: str, request: Literal["produce", "list_offsets"] = "produce"
 ) -> Iterator[LateLeader]:
     """One that serves on a thread of its own."""
-    leader = LateLeader(bootstrap_servers, topic, request)
+    with _serving(LateLeader(bootstrap_servers, topic, request)) as leader:
+        yield leader
+
+
+@contextmanager
+def unsure_leader(bootstrap_servers: str, topic: str) -> Iterator[UnsureLeader]:
+    """The same."""
+    with _serving(UnsureLeader(bootstrap_servers, topic)) as leader:
+        yield leader
+
+
+@contextmanager
+def _serving(leader: Leader) -> Iterator[Leader]:
     ready = threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(leader.serve(ready)))
     thread.start()

@@ -83,7 +83,8 @@ class Load:
             client_config(
                 settings,
                 defaults={"delivery.timeout.ms": _DELIVERY_TIMEOUT_S * 1000},
-                required={"enable.idempotence": True},
+                # One at a time: the answer to a later one would acknowledge it without its offset.
+                required={"enable.idempotence": True, "max.in.flight": 1},
             ),
         )
 

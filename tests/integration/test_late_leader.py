@@ -1,4 +1,4 @@
-"""Records that Kafka's client calls delivered and that the broker does not have.
+"""Records that Kafka's client calls delivered, at no offset: some of them the broker does not have.
 
 Before Kafka 4.5 a broker takes a new producer's second request to a partition though it has refused
 the first (KAFKA-15591). That must be noticed, whoever produces.
@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from late_leader import late_leader
+from late_leader import late_leader, unsure_leader
 from pipeline import (
     RunningWorker,
     assert_once_and_in_order,
@@ -25,7 +25,7 @@ from schemas.codec import Codec
 from schemas.errors import TransientError
 from schemas.messages import MarketEvent, Trade
 from schemas.settings import Settings
-from tapeline import AsyncMarketEventProducer, DeliveryFailed, MarketEventProducer
+from tapeline import AsyncMarketEventProducer, Delivery, DeliveryFailed, MarketEventProducer
 from tapeline.reading import read_spans, spans_between
 from tapeline.topics import ensure_topics
 
@@ -93,6 +93,47 @@ async def test_an_asynchronous_producer_says_which_events_it_lost(lane_settings:
     assert late.num_refused == 1
     assert lost
     assert ids(lane_settings) == {event.event_id for event in sent} - lost
+
+
+def test_a_producer_delivers_what_it_sent_twice(lane_settings: Settings) -> None:
+    sent = events()
+    delivered: list[Delivery] = []
+    topic = lane_settings.lane(LANE).topic
+    with unsure_leader(lane_settings.kafka.bootstrap_servers, topic) as unsure:
+        with MarketEventProducer(unsure.through(lane_settings)) as producer:
+            producer.produce(sent[0], on_delivery=delivered.append)
+            producer.flush()
+            for event in sent[1:]:
+                producer.produce(event, on_delivery=delivered.append)
+        assert producer.statistics().num_acknowledged == len(sent)
+    assert unsure.num_unsure == 1
+    assert_delivered(lane_settings, sent, delivered)
+
+
+async def test_an_asynchronous_producer_delivers_what_it_sent_twice(
+    lane_settings: Settings,
+) -> None:
+    sent = events()
+    topic = lane_settings.lane(LANE).topic
+    with unsure_leader(lane_settings.kafka.bootstrap_servers, topic) as unsure:
+        async with AsyncMarketEventProducer(unsure.through(lane_settings)) as producer:
+            first = await producer.send(sent[0])
+            others = await asyncio.gather(*map(producer.send, sent[1:]))
+    assert unsure.num_unsure == 1
+    assert_delivered(lane_settings, sent, [first, *others])
+
+
+def assert_delivered(
+    settings: Settings, sent: list[MarketEvent], delivered: list[Delivery]
+) -> None:
+    """Each once, some of them at a place that nobody knows."""
+    topic = settings.lane(LANE).topic
+    assert spans_between(settings, [topic])[topic, 0].end == len(sent)
+    assert ids(settings) == {event.event_id for event in sent}
+    known = {one.offset for one in delivered if one.offset is not None}
+    assert len(known) < len(delivered) == len(sent)
+    assert known < set(range(len(sent)))
+    assert all((one.offset is None) == (one.appended_us is None) for one in delivered)
 
 
 def test_at_least_once_ends_and_does_them_again(
