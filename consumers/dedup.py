@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
 from schemas.errors import ConfigError
@@ -178,12 +179,14 @@ class RedisFirstSeen:
 
     def __init__(self, settings: RedisSettings) -> None:
         assert settings.url
-        timeout_s = settings.timeout_ms / 1000
+        self._timeout_s = settings.timeout_ms / 1000
         self._shown_url = re.sub(r"//[^@/]*@", "//***@", settings.url)
         self._redis: Redis = Redis.from_url(
             settings.url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
+            # One timeout for a whole call instead: the client's own makes a task of every write,
+            # which is three rounds of a busy event loop.
+            socket_timeout=None,
+            socket_connect_timeout=self._timeout_s,
             single_connection_client=True,  # to take one from a pool takes as long as the call
         )
         self._set_or_get = self._redis.register_script(_PAGES + _SET_OR_GET)
@@ -200,7 +203,8 @@ class RedisFirstSeen:
     async def check(self) -> None:
         """Raises ConfigError unless Redis answers and is new enough."""
         try:
-            version = (await self._redis.info("server"))["redis_version"]
+            async with asyncio.timeout(self._timeout_s):
+                version = (await self._redis.info("server"))["redis_version"]
         except (RedisError, OSError, TimeoutError) as error:
             raise ConfigError(
                 f"no Redis answers at {self._shown_url}: start one with `tapeline up`, or set "
@@ -224,7 +228,7 @@ class RedisFirstSeen:
 
     async def take_over(self, event_id: str, former: str, source: str) -> str:
         arguments: list[int | str] = [*self._bounds, event_id, former, source]
-        answer = await self._call(lambda: self._take_over([self._pages], arguments), num_ids=1)
+        answer = await self._call(lambda: self._run(self._take_over, arguments), num_ids=1)
         if answer is None:
             return await self._local.take_over(event_id, former, source)
         first: str = answer.decode()
@@ -248,7 +252,7 @@ class RedisFirstSeen:
     ) -> list[tuple[int, str]]:
         """Puts those ids into Redis that it has not seen; place and source of the others."""
         given = msgspec.msgpack.encode((ids, sources))
-        answer = await self._set_or_get([self._pages], [*self._bounds, given])
+        answer = await self._run(self._set_or_get, [*self._bounds, given])
         known: list[tuple[int, str]]
         known, short_s = msgspec.msgpack.decode(answer)
         if short_s:
@@ -259,6 +263,10 @@ class RedisFirstSeen:
                 hint="raise redis.max_ids, and give Redis 130 bytes for each",
             )
         return known
+
+    async def _run(self, script: AsyncScript, arguments: Sequence[int | str | bytes]) -> Any:
+        async with asyncio.timeout(self._timeout_s):
+            return await script([self._pages], arguments)
 
     async def _call(self, call: Callable[[], Awaitable[Any]], num_ids: int) -> Any:
         """Redis's answer; None while it is down. Asks again once a second."""

@@ -69,6 +69,8 @@ class _Acknowledgements:
     def note(self, error: KafkaError | None, message: Message) -> None:
         """librdkafka's delivery callback, one call a message."""
         self._missing -= 1
+        if error is None and self._missing and message.offset() is not None:
+            return  # nearly always; what follows would double what a message costs this thread
         if (error := self._deliveries.error(error, message)) is not None:
             if not self._delivered.done():  # its first failure counts
                 text = f"{message.topic()} did not take a record: {error.str()}"
