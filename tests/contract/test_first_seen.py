@@ -1,6 +1,8 @@
 """The first-seen table, in one process, in Redis and in two: one suite, on the real Redis."""
 
 import asyncio
+import os
+import signal
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -404,3 +406,33 @@ async def test_redis_that_dies_degrades_and_comes_back(
             await asyncio.sleep(0.02)
     other = await open_table(settings)
     assert await other.sightings([f"after-{number}"], ["t:2:0"]) == [f"t:1:{number}"]
+
+
+async def test_redis_that_hangs_costs_one_timeout_and_answers_no_other_question(
+    own_stack: Stack, open_table: OpenTable
+) -> None:
+    """What it says once it goes on was asked by somebody who has gone."""
+    status = own_stack.start("redis")
+    assert status.pid
+    settings = new_settings(status.endpoint, timeout_ms=300)
+    table = await open_table(settings)
+    await table.sightings(["before"], ["t:0:1"])
+    os.kill(status.pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(LONG_S):
+            answer = await table.sightings(["a", "b"], ["t:0:2", "t:0:3"])
+        assert answer == ["t:0:2", "t:0:3"]
+        assert table.statistics().degraded
+        assert table.statistics().redis_failures_total == 1
+    finally:
+        os.kill(status.pid, signal.SIGCONT)
+    number = 0
+    async with asyncio.timeout(LONG_S):
+        while table.statistics().degraded:
+            number += 1
+            source = f"t:1:{number}"
+            assert await table.sightings([f"after-{number}"], [source]) == [source]
+            await asyncio.sleep(0.02)
+    other = await open_table(settings)
+    asked = [f"after-{number}", "new"]
+    assert await other.sightings(asked, ["t:2:0", "t:2:1"]) == [f"t:1:{number}", "t:2:1"]
