@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from benchmarks.tape import parts
 from consumers.poller import records_of
 from schemas.codec import Codec
-from schemas.kafka import IDEMPOTENT, Deliveries, client_config, consume_ready, make_client
+from schemas.kafka import IDEMPOTENT, client_config, consume_ready, make_client
 from schemas.lanes import LaneSettings
 from schemas.settings import Settings
 from tapeline.machine import this_machine
@@ -39,7 +39,6 @@ _SETTINGS: dict[str, dict[str, str | int]] = {
     "as a worker": {},
     "1 header": {},
     "2 headers": {},
-    "every delivery judged": {},
     "no callback": {},
     "linger 0 ms": {"linger.ms": 0},
     "linger 5 ms": {"linger.ms": 5},
@@ -50,8 +49,6 @@ _SETTINGS: dict[str, dict[str, str | int]] = {
     "fetch at least 64 kB": {"fetch.min.bytes": 65_536, "fetch.wait.max.ms": 20},
 }
 _FETCHING = ("fetch",)
-
-OnDelivery = Callable[[KafkaError | None, Message], None]
 
 
 @dataclass(slots=True)
@@ -115,11 +112,7 @@ def _measure(settings: Settings, name: str, messages: list[tuple[bytes, bytes]])
         producer.list_topics(topic)
         num_headers = 2 if name == "2 headers" else int(name == "1 header")
         headers = _HEADERS[:num_headers]
-        callbacks: dict[str, OnDelivery | None] = {
-            "no callback": None,
-            "every delivery judged": _judge(),
-        }
-        on_delivery = callbacks.get(name, _look)
+        on_delivery = None if name == "no callback" else _note
         begun_s, thread_s = time.process_time(), time.thread_time()
         for key, value in messages:
             if headers:
@@ -133,20 +126,8 @@ def _measure(settings: Settings, name: str, messages: list[tuple[bytes, bytes]])
     return Cost(produce_us, thread_us, consume_us, num_bytes / num)
 
 
-def _look(error: KafkaError | None, message: Message) -> None:
-    """As a worker does for all of a parcel's messages but one."""
+def _note(error: object, message: object) -> None:
     assert error is None
-    assert message.offset() is not None
-
-
-def _judge() -> OnDelivery:
-    """As a worker does for that one."""
-    deliveries = Deliveries()
-
-    def judge(error: KafkaError | None, message: Message) -> None:
-        assert deliveries.error(error, message) is None
-
-    return judge
 
 
 def _consume(
