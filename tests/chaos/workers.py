@@ -29,6 +29,7 @@ _MAX_OWN_DEATHS = 20  # in a row without a worker that came up: it is not the fa
 _RESTART_PAUSE_S = 0.5  # after a death of its own
 _TICK_S = 0.02
 _TRACEBACK = "Traceback (most recent call last)"
+_STOPPING = '"worker_stopping"'  # SIGTERM was heard before anything else ended it
 
 # A fork of a process that has torch loaded is ready in milliseconds; importing it takes seconds.
 _FORKSERVER = multiprocessing.get_context("forkserver")
@@ -243,7 +244,7 @@ class Fleet:
             self.ends["killed"] += 1
         elif code == 0 and worker.is_dismissed:
             self.ends["in order"] += 1
-        elif code in (1, 2) and not worker.is_dismissed:
+        elif code in (1, 2) and not (worker.is_dismissed and _STOPPING in log):
             self.ends["own death"] += 1
         else:
             self.failures.append(f"{worker.log.name} ended with {code}:\n{worker.last_words()}")
