@@ -126,9 +126,9 @@ class Intake:
         if len(live) < len(records):
             for lane, num in (Counter(map(lane_of, records)) - Counter(map(lane_of, live))).items():
                 self._counts[lane].replayed += num
-        newest = dict(zip(map(partition_of, live), map(offset_of, live), strict=True))
-        owners = [(self._assignments[partition], offset) for partition, offset in newest.items()]
-        return live, [(owner, owner.start(offset + 1, now_s)) for owner, offset in owners]
+        owners = dict(zip(map(partition_of, records), progress, strict=True))
+        ends = {record.partition: record.offset + 1 for record in live}
+        return live, [(owners[one], owners[one].start(end, now_s)) for one, end in ends.items()]
 
     async def _decode(
         self, records: list[Record], progress: list[PartitionProgress]

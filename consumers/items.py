@@ -43,13 +43,6 @@ class Items(NamedTuple):
             self.events.those(chosen),
         )
 
-    def those_at(self, rows: Sequence[int]) -> "Items":
-        """The same by their places, which rise."""
-        if len(rows) == self.num:
-            return self
-        chosen = set(rows)
-        return self.those([row in chosen for row in range(self.num)])
-
     def appended_us(self) -> NDArray[np.int64]:
         """When each was appended."""
         return np.fromiter(map(appended_us_of, self.records), np.int64, len(self.records))

@@ -1,9 +1,8 @@
 """What a micro-batch comes to: parcels of features and dead letters, one a partition."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from consumers.breaker import DeadLetterBreaker
 from consumers.budget import BatchTimes
 from consumers.envelopes import Envelopes
 from consumers.intake import Letter, MicroBatch
-from consumers.items import Items, lane_of, partition_of
+from consumers.items import Items, lane_of
 from consumers.metrics import LaneCounts
 from consumers.parcels import Outgoing, Parcel
 from consumers.records import Partition, Record
@@ -48,18 +47,6 @@ def _together(items: Items, rows: Sequence[Any], kept: list[int]) -> list[_Toget
         group.indices.append(index)
         group.rows.append(place)
     return list(groups.values())
-
-
-def _share_out(
-    records: list[Record], messages: list[Outgoing], parcels: Mapping[Partition, Parcel]
-) -> None:
-    """To each partition's parcel its features, run by run: they were polled so."""
-    begin = 0
-    for partition, run in groupby(map(partition_of, records)):
-        end = begin + len(list(run))
-        parcels[partition].features += records[begin:end]
-        parcels[partition].messages += messages[begin:end]
-        begin = end
 
 
 class Packer:
@@ -119,15 +106,20 @@ class Packer:
         if PoisonRecord in set(map(type, rows)) or any(one.closed for one in set(items.progress)):
             kept, failed = self._sort_out(items, rows)
             letters += failed
-        groups = _together(items, rows, kept)
+        made: list[tuple[int, Record, Outgoing]] = []
         with self._traced(items.num, times) as traced:
-            made = [self._features(one, batch, times, now_us, traced, parcels) for one in groups]
-        if len(groups) == 1:
-            [messages] = made
-        else:
-            numbered = zip(chain(*(one.indices for one in groups)), chain(*made), strict=True)
-            messages = [message for _, message in sorted(numbered, key=itemgetter(0))]
-        _share_out(items.those_at(kept).records, messages, parcels)
+            together = _together(items, rows, kept)
+            for group in together:
+                made += self._features(group, batch, times, now_us, traced, parcels)
+        if len(together) > 1:
+            made.sort(key=itemgetter(0))
+        partition: Partition | None = None
+        for _, record, message in made:
+            if record.partition is not partition:  # those of a partition come in runs
+                partition = record.partition
+                parcel = parcels[partition]
+            parcel.features.append(record)
+            parcel.messages.append(message)
         self._watch_for_flood(batch, letters)
         for letter in letters:
             self._pack_letter(parcels, letter, model_version, now_us)
@@ -156,8 +148,12 @@ class Packer:
         now_us: int,
         traced: BatchTrace | None,
         parcels: Mapping[Partition, Parcel],
-    ) -> list[Outgoing]:
-        lane, items = self._lanes[group.lane], batch.items.those_at(group.indices)
+    ) -> Iterable[tuple[int, Record, Outgoing]]:
+        """With the places of their records in the micro-batch."""
+        lane, items = self._lanes[group.lane], batch.items
+        if len(group.indices) < items.num:
+            chosen = set(group.indices)
+            items = items.those([index in chosen for index in range(items.num)])
         flags = batch.flags[group.indices]
         if group.inference.cached:
             flags |= np.uint8(Flags.CACHED)
@@ -167,9 +163,10 @@ class Packer:
         for record, trace in zip(items.records, traces, strict=False):
             if trace:
                 parcels[record.partition].traces.append(trace)
-        return self._envelopes.features(
+        made = self._envelopes.features(
             lane, items, group.inference, group.rows, flags, times, traces
         )
+        return zip(group.indices, items.records, made, strict=True)
 
     def _traced(
         self, num_windows: int, times: BatchTimes

@@ -69,8 +69,6 @@ class _Acknowledgements:
     def note(self, error: KafkaError | None, message: Message) -> None:
         """librdkafka's delivery callback, one call a message."""
         self._missing -= 1
-        if error is None and self._missing and message.offset() is not None:
-            return  # nearly always; a parcel's last message is looked at closely
         if (error := self._deliveries.error(error, message)) is not None:
             if not self._delivered.done():  # its first failure counts
                 text = f"{message.topic()} did not take a record: {error.str()}"

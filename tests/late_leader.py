@@ -12,33 +12,26 @@ from schemas.settings import Settings
 _LENGTH = struct.Struct(">i")
 _HEAD = struct.Struct(">h")
 _NUMBERS = {"produce": 0, "list_offsets": 2}  # Kafka's of its requests
-_CORRELATION = struct.Struct(">hhi")  # number and version of a request, and what its answer bears
+_REQUEST = struct.Struct(">hhi")  # number and version of a request, and what its answer bears
 _FIRST_FLEXIBLE = 9  # version of a request to produce
 _REQUEST_TIMED_OUT = 7
 
-Leader = TypeVar("Leader", bound="LateLeader")
+Leader = TypeVar("Leader", bound="_Proxy")
 
 
-class LateLeader:
-    """Stands between clients and a broker; the first request that names the topic is refused.
-
-    The broker gets it for a topic that it does not have, and the client reads its own name in the
-    answer. A request to produce is held until the next one is there, so that both are under way.
+class _Proxy:
+    """Stands between clients and a broker, and has its way with what names the topic.
 
     Attributes:
         bootstrap_servers: where clients come to it.
-        num_refused: requests so far, 0 or 1.
     """
 
-    def __init__(self, bootstrap_servers: str, topic: str, request: str) -> None:
+    def __init__(self, bootstrap_servers: str, topic: str) -> None:
         host, port = bootstrap_servers.rsplit(":", 1)
         self._host, self._port = host, int(port)
         self._topic = topic.encode()
-        self._no_topic = b"x" * len(self._topic)
-        self._request = request
         self._held: bytes | None = None
         self.bootstrap_servers = ""
-        self.num_refused = 0
 
     async def serve(self, ready: threading.Event) -> None:
         """Until ``stop``; whoever runs this cancels the connections that are left."""
@@ -80,16 +73,7 @@ class LateLeader:
 
     def _asked(self, frame: bytes) -> list[bytes]:
         """What the broker gets now, for one request of a client."""
-        (number,) = _HEAD.unpack_from(frame)
-        if number != _NUMBERS[self._request] or self._topic not in frame or self.num_refused:
-            return [frame]
-        if self._request == "produce" and self._held is None:
-            self._held = frame
-            return []
-        self.num_refused += 1
-        refused = self._held or frame
-        behind = [frame] if self._held else []
-        return [refused.replace(self._topic, self._no_topic), *behind]
+        raise NotImplementedError
 
     async def _answer(self, broker: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
         host = self._host.encode()
@@ -101,10 +85,42 @@ class LateLeader:
 
     def _answered(self, frame: bytes) -> bytes:
         """What the client gets of an answer."""
+        raise NotImplementedError
+
+
+class LateLeader(_Proxy):
+    """The first request that names the topic is refused.
+
+    The broker gets it for a topic that it does not have, and the client reads its own name in the
+    answer. A request to produce is held until the next one is there, so that both are under way.
+
+    Attributes:
+        num_refused: requests so far, 0 or 1.
+    """
+
+    def __init__(self, bootstrap_servers: str, topic: str, request: str) -> None:
+        super().__init__(bootstrap_servers, topic)
+        self._no_topic = b"x" * len(self._topic)
+        self._request = request
+        self.num_refused = 0
+
+    def _asked(self, frame: bytes) -> list[bytes]:
+        (number,) = _HEAD.unpack_from(frame)
+        if number != _NUMBERS[self._request] or self._topic not in frame or self.num_refused:
+            return [frame]
+        if self._request == "produce" and self._held is None:
+            self._held = frame
+            return []
+        self.num_refused += 1
+        refused = self._held or frame
+        behind = [frame] if self._held else []
+        return [refused.replace(self._topic, self._no_topic), *behind]
+
+    def _answered(self, frame: bytes) -> bytes:
         return frame.replace(self._no_topic, self._topic)
 
 
-class UnsureLeader(LateLeader):
+class UnsureLeader(_Proxy):
     """The second request to produce to the topic is taken, and its answer says: perhaps.
 
     As where a follower dies before it has the records. The third is held back until then, so that
@@ -115,13 +131,13 @@ class UnsureLeader(LateLeader):
     """
 
     def __init__(self, bootstrap_servers: str, topic: str) -> None:
-        super().__init__(bootstrap_servers, topic, "produce")
+        super().__init__(bootstrap_servers, topic)
         self.num_unsure = 0
         self._num_asked = 0
         self._unsure: tuple[int, int] | None = None  # which request: its number, and its version
 
     def _asked(self, frame: bytes) -> list[bytes]:
-        number, version, correlation = _CORRELATION.unpack_from(frame)
+        number, version, correlation = _REQUEST.unpack_from(frame)
         if number != _NUMBERS["produce"] or self._topic not in frame:
             return [frame]
         self._num_asked += 1

@@ -379,6 +379,18 @@ async def test_a_shard_that_dies_leaves_the_others_at_work(
     assert other.statistics().degraded
 
 
+async def asked_until_restored(table: RedisFirstSeen) -> int:
+    """Shows it ``after-1``, ``after-2`` ... at ``t:1:1``, ``t:1:2`` ...; the last one's number."""
+    number = 0
+    async with asyncio.timeout(LONG_S):
+        while table.statistics().degraded:
+            number += 1
+            source = f"t:1:{number}"
+            assert await table.sightings([f"after-{number}"], [source]) == [source]
+            await asyncio.sleep(0.02)
+    return number
+
+
 async def test_redis_that_dies_degrades_and_comes_back(
     own_stack: Stack, open_table: OpenTable
 ) -> None:
@@ -397,13 +409,7 @@ async def test_redis_that_dies_degrades_and_comes_back(
     assert await table.sightings(["during"], ["t:0:5"]) == ["t:0:3"]
 
     assert own_stack.start("redis").endpoint == url
-    number = 0
-    async with asyncio.timeout(LONG_S):
-        while table.statistics().degraded:
-            number += 1
-            source = f"t:1:{number}"
-            assert await table.sightings([f"after-{number}"], [source]) == [source]
-            await asyncio.sleep(0.02)
+    number = await asked_until_restored(table)
     other = await open_table(settings)
     assert await other.sightings([f"after-{number}"], ["t:2:0"]) == [f"t:1:{number}"]
 
@@ -426,13 +432,7 @@ async def test_redis_that_hangs_costs_one_timeout_and_answers_no_other_question(
         assert table.statistics().redis_failures_total == 1
     finally:
         os.kill(status.pid, signal.SIGCONT)
-    number = 0
-    async with asyncio.timeout(LONG_S):
-        while table.statistics().degraded:
-            number += 1
-            source = f"t:1:{number}"
-            assert await table.sightings([f"after-{number}"], [source]) == [source]
-            await asyncio.sleep(0.02)
+    number = await asked_until_restored(table)
     other = await open_table(settings)
     asked = [f"after-{number}", "new"]
     assert await other.sightings(asked, ["t:2:0", "t:2:1"]) == [f"t:1:{number}", "t:2:1"]
